@@ -1,0 +1,113 @@
+"""EQ fine-tuning of SD-VAE (kl-f8): the paper's recipe, and small variants of it.
+
+    --config=configs/eq_sdvae.py                the paper's, at full size; needs --config.data.train and --config.init
+    --config=configs/eq_sdvae.py:quickstart     minutes on two CPU cores: before / control / EQ on photographs
+    --config=configs/eq_sdvae.py:smoke          seconds; for tests
+
+Sources: [C] the released train_eqvae configuration and code, [P] the paper.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant="paper"):
+    variants = {"paper": paper, "quickstart": quickstart, "smoke": smoke}
+    if variant not in variants:
+        raise ValueError(f"configs/eq_sdvae.py has no variant {variant!r}; it has: {', '.join(variants)}")
+    return variants[variant]()
+
+
+def paper():
+    config = ConfigDict()
+    config.seed = 23  # [C]
+
+    # Weights to start from: diffusers:DIR_OR_HUB_ID, ldm:FILE, workdir:DIR, or init:PRESET for random ones.
+    config.init = ""
+    config.model = dict(
+        dtype="bfloat16",  # of convolutions; parameters, normalisation, softmax and losses are float32
+        remat=True,  # 0.55 instead of 2.76 GiB of activations an image
+    )
+
+    config.data = dict(
+        train="",  # folder:DIR, arrayrecord:GLOB, tfds:NAME, idx:DIR or photos; the paper's is OpenImages
+        evaluation="photos:test",  # held out; measured every eval_every steps
+        image_size=256,  # [C]
+        batch_per_device=10,  # [C] images in one forward pass
+        batch_size=0,  # images per update, over all devices; 0: batch_per_device x devices x accumulate
+        min_crop=0.5, max_crop=1.0,  # [C] side of the random square crop over the image's short side
+        flip=False,  # [C]
+        workers=0,  # reader processes; 0: threads
+        broken_limit=0.01,  # the run stops when more than this share of the images cannot be read
+        evaluation_batch_size=8, evaluation_limit=256, evaluation_crops=1,  # limit 0: all; crops > 1: random ones
+    )
+
+    config.equivariance = dict(
+        sizes=tuple(range(8, 32)),  # [C] latent sides to scale to, of 32: s = 8/32 .. 31/32
+        turns=(1, 2, 3),  # [C] quarter turns; (0,) for scaling only
+        anisotropic=False,  # [C]
+        p_equivariance=0.5,  # [C] called p_prior there; the paper's 1 - p_alpha
+        p_low_resolution=0.25,  # [C] given that the equivariance branch was not taken; the paper has no such branch
+        method="bilinear", antialias=False,  # [C]; the paper says bicubic
+    )
+
+    config.loss = dict(
+        kl_weight=1e-6,  # [C]
+        perceptual_weight=1.0,  # [C]
+        lpips_weights="",  # file or directory of LPIPS weights, or "download"
+        disc_weight=0.5, disc_factor=1.0, disc_start=0,  # [C]
+        disc_width=64, disc_layers=3,  # [C] PatchGAN
+        logvar=0.0,  # [C] constant: in no optimizer there
+    )
+
+    # [C] Adam, no weight decay, clipping or schedule. The released command gives 4.5e-6 x 8 GPUs x batch 10 x
+    # accumulation 2 = 7.2e-4, but its resume also restores the learning rate inside kl-f8's checkpoint, which
+    # may be lower: if losses jump at the start, try 1e-4.
+    config.optimizer = dict(learning_rate=7.2e-4, schedule="constant", warmup_steps=0, b1=0.5, b2=0.9, eps=1e-8,
+                            weight_decay=0.0, clip_norm=0.0)
+    config.ema_decay = 0.0  # 0: no average. The authors' eq-vae-ema has one of unpublished decay
+
+    config.training = dict(
+        steps=50_000,  # [P] 5 epochs of OpenImages; "10K steps" an epoch at 160 images an update
+        accumulate=2,  # [C] micro-batches an update, each with its own tau
+        log_every=50, eval_every=1000, preview_every=1000,
+        max_skipped=20,  # stop after so many updates in a row with non-finite gradients
+        warm_up=True,  # compile all sizes of tau in the background from the first step on
+    )
+    config.checkpoint = dict(every=1000, keep=3, keep_best=1, best_metric="psnr", best_mode="max")
+    config.mesh = dict(data=-1, fsdp=1, min_shard_size=2**18)
+    # Runs made of several trainings list them here by name; each overrides what it names.
+    config.stages = dict()
+    return config
+
+
+def quickstart():
+    """A small SD-VAE on photographs: trained plainly, then fine-tuned with EQ and, as a control, plainly on."""
+    config = paper()
+    config.init = "init:quickstart"
+    config.model.update(dtype="float32", remat=False)
+    config.data.update(train="photos:train", evaluation="photos:test", image_size=64, batch_per_device=8,
+                       evaluation_batch_size=16, evaluation_limit=0, evaluation_crops=16)
+    config.equivariance.update(sizes=(4, 6, 8, 10, 12, 14))
+    config.loss.update(perceptual_weight=0.0, disc_weight=0.0)  # no downloaded weights; too short for a GAN
+    config.optimizer.update(learning_rate=2e-3, b1=0.9, b2=0.99, schedule="cosine", warmup_steps=20, clip_norm=0.0)
+    config.training.update(steps=1200, accumulate=1, log_every=50, eval_every=300, preview_every=0, warm_up=False)
+    config.checkpoint.update(every=500, keep=1, keep_best=0, best_metric="")
+    plain = dict(p_equivariance=0.0, p_low_resolution=0.0)
+    config.stages = dict(
+        before=dict(equivariance=plain),
+        control=dict(init="workdir:{workdir}/before", equivariance=plain, training=dict(steps=800)),
+        eq=dict(init="workdir:{workdir}/before", training=dict(steps=800)),
+    )
+    return config
+
+
+def smoke():
+    config = quickstart()
+    config.init = "init:smoke"
+    config.data.update(image_size=32, batch_per_device=2, evaluation_batch_size=2, evaluation_limit=2, evaluation_crops=1)
+    config.equivariance.update(sizes=(8,))
+    config.optimizer.update(schedule="constant", warmup_steps=0)
+    config.training.update(steps=2, log_every=1, eval_every=2)
+    config.stages.control.training.steps = 2
+    config.stages.eq.training.steps = 2
+    return config

@@ -1,0 +1,158 @@
+"""Curves from metrics.jsonl and bars from the table's numbers; style, colours and `save` are figures.py's."""
+
+import json
+import math
+import pathlib
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from eqvae_jax.evaluation.figures import WIDTH, colors, plain, styled
+
+_HIGHER = ("psnr", "ssim")  # of the evaluation's metrics; the others are errors
+_LOSSES = ("nll", "l1", "lpips")  # of the training metrics; the others have no better or worse
+_BOOKKEEPING = ("step", "split", "seconds", "time", "branch_", "skipped", "learning_rate")
+
+
+def read_rows(workdir):
+    """The lines of WORKDIR/metrics.jsonl as dicts; [] without the file. Lines cut short by a kill are left out."""
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def curve_keys(runs, limit=9):
+    """The (split, key) pairs worth a panel, evaluation first; keys seen once or never changing are left out.
+
+    runs: dict name -> rows of `read_rows`.
+    """
+    values = {}
+    for rows in runs.values():
+        for row in rows:
+            for key, value in row.items():
+                if not key.startswith(_BOOKKEEPING) and "per_second" not in key and _number(value):
+                    values.setdefault((row.get("split", "train"), key), []).append(value)
+    chosen = [pair for pair, seen in values.items() if len(seen) > 1 and min(seen) != max(seen)]
+    return sorted(chosen, key=lambda pair: pair[0] != "eval")[:limit]
+
+
+@styled
+def curves(runs, keys=None):
+    """One panel per (split, key): its value against the step, a line per run.
+
+    runs: dict name -> rows of `read_rows`; keys: pairs as `curve_keys` returns, which chooses without them.
+    Training values are drawn pale, with their running average (over a tenth of the curve) on top.
+    """
+    keys = curve_keys(runs) if keys is None else keys
+    columns = min(3, max(1, len(keys)))
+    lines = max(1, math.ceil(len(keys) / columns))
+    figure = Figure(figsize=(WIDTH, 1.75 * lines + 0.3), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).reshape(-1)
+    color = colors(runs)
+    for axis, (split, key) in zip(axes, keys, strict=False):
+        for name, rows in runs.items():
+            rows = [row for row in rows if row.get("split", "train") == split]
+            points = [(row["step"], row[key]) for row in rows if _number(row.get(key))]
+            if not points:
+                continue
+            steps, values = np.array(points, np.float64).T
+            if split == "train":
+                axis.plot(steps, values, color=color[name], linewidth=0.6, alpha=0.3)
+                values = _running_average(values, max(1, len(values) // 10))
+            line = {"color": color[name], "linewidth": 1.3, "label": plain(name)}
+            marker = "o" if split == "eval" and len(steps) < 30 else None
+            axis.plot(steps, values, marker=marker, markersize=2.5, **line)
+        axis.set_title(_title(split, key), loc="left")
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axis.set_xlabel("step")
+    for axis in axes[len(keys) :]:
+        axis.set_visible(False)
+    _legend(figure, axes, len(runs))
+    return figure
+
+
+@styled
+def bars(results):
+    """Bars of R, S and the pixel errors, one per model, lower is better; the value stands on each bar.
+
+    results: dict name -> flat metrics of `reconstruction.equivariance_errors`.
+    """
+    panels = [
+        ("R", "Latent error under turns, R", "{}°"),
+        ("S", "Latent error under scales, S", "× {}"),
+        ("pixel_l1/R", r"Pixel error of $D(\tau E(x))$ under turns", "{}°"),
+        ("pixel_l1/S", r"Pixel error of $D(\tau E(x))$ under scales", "× {}"),
+    ]
+    panels = [panel for panel in panels if any(panel[0] in column for column in results.values())]
+    figure = Figure(figsize=(WIDTH, 1.9 * math.ceil(len(panels) / 2) + 0.3), layout="constrained")
+    axes = figure.subplots(math.ceil(len(panels) / 2), min(2, len(panels)), squeeze=False).reshape(-1)
+    color = colors(results)
+    width = 0.8 / len(results)
+    for axis, (mean, title, form) in zip(axes, panels, strict=False):
+        family, prefix = mean[-1], mean.split("/")[0]
+        keys = dict.fromkeys(key for column in results.values() for key in column)
+        labels = [key.split("/")[1] for key in keys if key.startswith(f"{family}/")]
+        groups = [(f"{prefix}/{label}", form.format(label)) for label in labels] + [(mean, "mean")]
+        for i, (name, column) in enumerate(results.items()):
+            values = [column.get(key) for key, _ in groups]
+            places = np.arange(len(groups)) + (i - (len(results) - 1) / 2) * width
+            heights = [value or 0.0 for value in values]
+            drawn = axis.bar(places, heights, 0.92 * width, color=color[name], label=plain(name))
+            size = 5.2 if len(results) < 4 else 4.5
+            axis.bar_label(drawn, [_short(value) for value in values], fontsize=size, padding=1.5)
+        axis.set_xticks(range(len(groups)), [text for _, text in groups])
+        axis.tick_params(axis="x", length=0)
+        axis.margins(y=0.14)
+        axis.set_title(f"{title}\nlower is better", loc="left")
+        axis.set_ylabel("squared ratio" if prefix in ("R", "S") else "mean |difference| of [-1, 1]")
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    _legend(figure, axes, len(results))
+    return figure
+
+
+def _title(split, key):
+    """Two lines: what is drawn, and which way is better where there is one."""
+    name = plain(key.replace("_", " ")) + (", dB" if "psnr" in key else "")
+    if split == "eval":
+        direction = "higher is better" if key.split("/")[0].removeprefix("pixel_") in _HIGHER else "lower is better"
+    else:
+        direction = "lower is better" if key in _LOSSES else ""
+    return f"{name} ({split})\n{direction}"
+
+
+def _legend(figure, axes, count):
+    """One legend for all panels, above them."""
+    handles = {}
+    for axis in axes:
+        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if count > 1 and handles:
+        figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=min(count, 5))
+
+
+def _short(value):
+    """At most four characters, so that the labels of neighbouring bars do not touch: 1.25, .30, .067, 0."""
+    if value is None:
+        return "n/a"
+    text = f"{value:.2f}" if value >= 0.0995 else f"{value:.3f}".rstrip("0").rstrip(".")
+    return text.removeprefix("0") or "0"
+
+
+def _number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _running_average(values, width):
+    """Mean over the last `width` values, fewer at the start."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - width, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)

@@ -1,0 +1,191 @@
+"""Several autoencoders on the same images under one protocol: the numbers, and how they were made.
+
+The result is one JSON-ready dict, written as metrics.json by the doors and read by the table and the report:
+
+    results        name -> {metric: float or None}     as reconstruction.reconstruct and equivariance_errors
+    baseline       the name that changes are relative to
+    autoencoders   name -> reference, hash, kind, scale, shift, downsampling factor, parameters
+    images         reference, count, image_size, crop, broken images left out
+    protocol       posterior, uint8 convention, interpolation, seed ... and each transform's true sizes
+    software       versions, devices, commit, time;  command
+"""
+
+import dataclasses
+import sys
+
+import jax
+
+from eqvae_jax.data.images import evaluation_batches
+from eqvae_jax.data.sources import open_source
+from eqvae_jax.evaluation import metrics, provenance, reconstruction, tables
+from eqvae_jax.features.lpips import SMALLEST as LPIPS_SMALLEST
+
+MEASURES = ("reconstruction", "equivariance")
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """Every choice that changes a number. Defaults are ours; the released evaluation decodes a sample instead.
+
+    images: a reference for data.sources.open_source; limit: how many records, None for all; crops: 1 for
+    ADM's centre crop, more for that many fixed random crops of each record.
+    posterior: which latent is decoded, "mode" or "sample"; uint8: one of metrics.UINT8_CONVENTIONS.
+    interpolation, antialias: of tau, as equivariance.apply_tau; turns, scales: the transforms of R and S.
+    """
+
+    images: str
+    image_size: int = 256
+    batch_size: int = 8
+    limit: int | None = None
+    crops: int = 1
+    posterior: str = "mode"
+    uint8: str = "round"
+    interpolation: str = "bilinear"
+    antialias: bool = False
+    turns: tuple[int, ...] = reconstruction.PAPER_TURNS
+    scales: tuple[float, ...] = reconstruction.PAPER_SCALES
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, allowed in {
+            "posterior": ("mode", "sample"),
+            "uint8": tuple(metrics.UINT8_CONVENTIONS),
+            "interpolation": ("bilinear", "bicubic"),
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(allowed)}.")
+
+
+def open_batches(protocol):
+    """(batches, broken): a protocol's images, and a dict name -> reason that fills up as they are read.
+
+    Raises ValueError for a reference that names nothing, an empty set, or sizes that cannot work.
+    """
+    broken = {}
+    batches = evaluation_batches(
+        open_source(protocol.images),
+        image_size=protocol.image_size,
+        batch_size=protocol.batch_size,
+        limit=protocol.limit,
+        crops=protocol.crops,
+        on_broken=broken.__setitem__,
+    )
+    return batches, broken
+
+
+def check(models, protocol, measures=MEASURES, lpips=None):
+    """Refuses what cannot be measured, before anything is compiled; returns name -> list of transforms.
+
+    models: dict name -> (model, params, spec), as weights.load_autoencoder returns them.
+
+    Raises:
+      ValueError: the image size does not suit an autoencoder, SSIM, LPIPS or a scale.
+    """
+    side = protocol.image_size
+    for measure, smallest in {
+        "SSIM": metrics.SSIM_WINDOW,
+        "LPIPS": 0 if lpips is None else LPIPS_SMALLEST,
+    }.items():
+        if "reconstruction" in measures and side < smallest:
+            raise ValueError(
+                f"{measure} needs images of at least {smallest} pixels a side, image_size is {side}."
+            )
+    chosen = {}
+    for name, (model, params, _) in models.items():
+        factor = model.downsampling
+        if side % factor or side < factor:
+            below, above = side // factor * factor, (side // factor + 1) * factor
+            nearest = f"{below} or {above}" if below else f"{above}"
+            raise ValueError(
+                f"{name} downsamples by {factor} and image_size={side} is no multiple of it: take {nearest}."
+            )
+        encode, decode = reconstruction.functions(model)
+        latent = reconstruction.latent_size(encode, decode, params, (side, side))
+        if "equivariance" in measures:
+            chosen[name] = reconstruction.transforms(latent, factor, protocol.turns, protocol.scales)
+            if not chosen[name]:
+                raise ValueError("There is no transform to measure: give at least one turn or scale.")
+    return chosen
+
+
+def compare(models, protocol, measures=MEASURES, *, lpips=None, batches=None, broken=None, progress=True):
+    """Measures every model on the protocol's images; returns the dict described at the top of this file.
+
+    Args:
+      models: dict name -> (model, params, spec), in the order of the table's columns.
+      measures: which of MEASURES.
+      lpips: parameters of features.lpips, or None.
+      batches, broken: from `open_batches`, where the caller has opened them already.
+
+    Raises ValueError as `check` and `open_batches`, before anything is compiled.
+    """
+    if batches is None:
+        batches, broken = open_batches(protocol)
+    chosen = check(models, protocol, measures, lpips)
+    options = {
+        "posterior": protocol.posterior,
+        "uint8": protocol.uint8,
+        "seed": protocol.seed,
+        "progress": progress,
+    }
+    tau = {"method": protocol.interpolation, "antialias": protocol.antialias}
+    results = {}
+    for name, (model, params, _) in models.items():
+        encode, decode = reconstruction.functions(model)
+        results[name] = {}
+        if "reconstruction" in measures:
+            results[name] |= reconstruction.reconstruct(
+                encode, decode, params, batches, lpips=lpips, **options
+            )
+        if "equivariance" in measures:
+            results[name] |= reconstruction.equivariance_errors(
+                encode, decode, params, batches, chosen[name], **options, **tau
+            )
+    counts = {column.pop("count") for column in results.values()}  # one number: everyone saw the same images
+    return provenance.finite(
+        {
+            "results": results,
+            "baseline": tables.baseline(models),
+            "autoencoders": {name: _describe(*loaded) for name, loaded in models.items()},
+            "images": {
+                "reference": protocol.images,
+                "count": counts.pop(),
+                "image_size": protocol.image_size,
+                "crop": "ADM centre crop"
+                if protocol.crops == 1
+                else f"{protocol.crops} fixed random crops of each image",
+                "broken": dict(broken),
+            },
+            "protocol": dataclasses.asdict(protocol)
+            | {
+                "lpips": lpips is not None,
+                "pixel_errors": "mean |difference| of clipped images in [-1, 1] under the uint8 convention",
+                "ssim": "Gaussian 11 x 11 window, sigma 1.5, data range 2, inside windows only",
+                "latents": "raw (unscaled), squared per-image ratios, mean over images",
+                "matmul_precision": "highest",
+                "transforms": {
+                    name: {t.label: _sizes(t) for t in transforms} for name, transforms in chosen.items()
+                },
+            },
+            "software": provenance.software(),
+            "command": sys.argv,
+        }
+    )
+
+
+def _describe(model, params, spec):
+    return {
+        "reference": spec.reference,
+        "hash": spec.hash,
+        "kind": spec.kind,
+        "scale": float(spec.scale),
+        "shift": float(spec.shift),
+        "downsampling": model.downsampling,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+    }
+
+
+def _sizes(transform):
+    if transform.size is None:
+        return {"degrees_clockwise": 90 * transform.turns}
+    return {"latent": list(transform.size), "image": list(transform.image_size), "scale": transform.scale}

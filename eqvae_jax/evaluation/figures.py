@@ -1,0 +1,192 @@
+"""Pictures for a paper or a report: latents, transformed decodes, reconstructions. Arrays in, Figure out.
+
+A Figure is made without pyplot, so nothing global changes and no display is needed. Curves and bars are in
+charts.py; both use the style below.
+"""
+
+import functools
+import pathlib
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+WIDTH, HEIGHT = 6.75, 9.0  # inches: what a two-column conference page holds
+_STYLE = {
+    "font.family": "DejaVu Sans",  # ships with matplotlib: the same figure on every machine
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "pdf.fonttype": 42,  # TrueType: text stays text in the PDF
+}
+# Okabe and Ito's palette, which the colour-blind can tell apart, with grey for black and without yellow.
+_PALETTE = ("#8C8C8C", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def styled(function):
+    """Decorator: draws with this module's style and leaves matplotlib's settings as they were."""
+
+    @functools.wraps(function)
+    def draw(*arguments, **options):
+        with matplotlib.rc_context(_STYLE):
+            return function(*arguments, **options)
+
+    return draw
+
+
+def colors(names):
+    """dict name -> colour; the first of three or more is grey, as the starting point of a comparison."""
+    names = list(names)
+    palette = _PALETTE if len(names) > 2 else _PALETTE[1:]
+    return {name: palette[i % len(palette)] for i, name in enumerate(names)}
+
+
+def plain(text):
+    """`text` as matplotlib will print it: a dollar sign would start mathematics."""
+    return str(text).replace("$", r"\$")
+
+
+def save(figure, path):
+    """Writes PATH.png (200 dots per inch) and PATH.pdf; `path` has no suffix. Returns both paths."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = [path.with_name(f"{path.name}.{suffix}") for suffix in ("png", "pdf")]
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(written[0], dpi=200)
+        figure.savefig(
+            written[1], dpi=200, metadata={"CreationDate": None}
+        )  # the same bytes from the same arrays
+    return written
+
+
+def pca_rgb(latent, image=None):
+    """The first three principal components of one latent (h, w, C) as a picture, (h, w, 3) in [0, 1].
+
+    Components are of this latent alone: blue is the first, green the second, red the third, with one common
+    minimum and maximum, as the released code's vis_latent.py. A component's sign is arbitrary; with `image`
+    (H, W, 3) each is turned to agree with the image's brightness, so that pictures of several models can be
+    compared. Colours still mean different channels in different models. Fewer than three channels leave red,
+    then green, at their mean.
+    """
+    height, width, channels = latent.shape
+    rows = np.asarray(latent, np.float64).reshape(-1, channels)
+    rows = rows - rows.mean(0)
+    _, vectors = np.linalg.eigh(rows.T @ rows)
+    components = rows @ vectors[:, -3:]  # ascending: third, second, first
+    if image is not None:
+        components = components * _signs(components, np.asarray(image, np.float64), height, width)
+    missing = 3 - components.shape[1]
+    components = np.concatenate([np.zeros((len(rows), missing)), components], axis=1)
+    low, high = components.min(), components.max()
+    return ((components - low) / max(high - low, 1e-12)).reshape(height, width, 3)
+
+
+def _signs(components, image, height, width):
+    """+1 or -1 for each column: the sign of its covariance with the image's brightness at (h, w)."""
+    rows = np.arange(image.shape[0]) * height // image.shape[0]
+    columns = np.arange(image.shape[1]) * width // image.shape[1]
+    brightness = np.zeros((height, width))
+    np.add.at(brightness, (rows[:, None], columns[None, :]), image.mean(-1))
+    brightness /= np.outer(np.bincount(rows, minlength=height), np.bincount(columns, minlength=width))
+    return np.where((brightness - brightness.mean()).reshape(-1) @ components < 0, -1.0, 1.0)
+
+
+@styled
+def latent_pca(images, latents):
+    """One row per image: the image, then each model's latent by `pca_rgb`.
+
+    images: (N, H, W, 3) in [-1, 1]; latents: dict name -> (N, h, w, C).
+    """
+    figure, axes = _grid(len(images), 1 + len(latents))
+    for row, image in enumerate(images):
+        _show(axes[row, 0], _unit(image))
+        for column, latent in enumerate(latents.values(), start=1):
+            # Bilinear enlargement is what the released code does; blocks would hide the structure.
+            _show(axes[row, column], pca_rgb(latent[row], image), interpolation="bilinear")
+    sizes = {name: "{1} × {2} × {3}".format(*latent.shape) for name, latent in latents.items()}
+    _titles(axes[0], ["image", *(f"{plain(name)}\n{sizes[name]}" for name in latents)])
+    return figure
+
+
+@styled
+def tau_grid(targets, moved):
+    """One row per transform: tau x, then each model's D(tau E(x)) with its pixel error below.
+
+    targets: dict label -> (H, W, 3) in [-1, 1], labels as `reconstruction.Transform.label`;
+    moved: dict name -> dict label -> (H, W, 3). The error is the mean |difference| of [-1, 1].
+    """
+    figure, axes = _grid(len(targets), 1 + len(moved), caption=0.16)
+    for row, (label, target) in enumerate(targets.items()):
+        _show(axes[row, 0], _unit(target))
+        kind = f"scale {label}" if float(label) < 10 else f"{label}°"
+        text = f"{kind}\n{target.shape[0]} × {target.shape[1]}"
+        axes[row, 0].set_ylabel(text, rotation=0, ha="right", va="center", labelpad=6)
+        images = {name: by_label[label] for name, by_label in moved.items()}
+        errors = {name: float(np.abs(image - target).mean()) for name, image in images.items()}
+        for column, (name, image) in enumerate(images.items(), start=1):
+            _show(axes[row, column], _unit(image))
+            _below(axes[row, column], f"error {errors[name]:.3f}", errors, name)
+    _titles(axes[0], [r"$\tau x$" + "\ntarget", *(f"{plain(name)}\n" + r"$D(\tau E(x))$" for name in moved)])
+    return figure
+
+
+@styled
+def reconstruction_grid(images, reconstructions):
+    """One row per image: the image, then each model's D(E(x)) with its PSNR below.
+
+    images: (N, H, W, 3) in [-1, 1]; reconstructions: dict name -> (N, H, W, 3).
+    """
+    figure, axes = _grid(len(images), 1 + len(reconstructions), caption=0.16)
+    for row, image in enumerate(images):
+        _show(axes[row, 0], _unit(image))
+        errors = {name: float(np.square(batch[row] - image).mean()) for name, batch in reconstructions.items()}
+        for column, (name, batch) in enumerate(reconstructions.items(), start=1):
+            _show(axes[row, column], _unit(batch[row]))
+            psnr = 10 * np.log10(4 / errors[name]) if errors[name] else np.inf
+            _below(axes[row, column], f"{psnr:.1f} dB", errors, name)
+    _titles(axes[0], ["image", *(plain(name) for name in reconstructions)])
+    return figure
+
+
+def _grid(rows, columns, caption=0.06):
+    """Square cells, at most 1.5 inches and as large as the page allows, `caption` inches apart."""
+    cell = min(1.5, (WIDTH - 0.7) / columns, (HEIGHT - 0.35) / rows - caption)
+    size = (0.7 + columns * (cell + 0.05), 0.35 + rows * (cell + caption))
+    figure = Figure(figsize=size, layout="compressed")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _show(axis, image, interpolation="auto"):
+    axis.imshow(np.clip(image, 0, 1), interpolation=interpolation)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.grid(False)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+
+
+def _titles(axes, titles):
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title, pad=3)
+
+
+def _below(axis, text, errors, name):
+    """Prints `text` below, in bold where `name` has the smallest of several errors."""
+    bold = len(errors) > 1 and errors[name] == min(errors.values())
+    axis.set_xlabel(text, fontsize=7, labelpad=1.5, fontweight="bold" if bold else "normal")
+
+
+def _unit(image):
+    """[-1, 1] -> [0, 1]."""
+    return (np.asarray(image, np.float32) + 1) / 2

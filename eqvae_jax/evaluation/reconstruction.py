@@ -1,0 +1,273 @@
+"""How well an autoencoder reconstructs, and how far it is from commuting with tau, over a set of images.
+
+`encode(params, x)` returns a posterior with `.mode()` and `.sample(key, index)`; `decode(params, z)` returns
+images. Both are static arguments of the few programs below, so they must be the same objects from call to
+call: `functions(model)` returns them, and equal models share them, and with them every compiled program.
+
+An encoder and a decoder are compiled once per image size, not once per transform: a turned square image has
+the shape of the image, so the 2 x 6 networks of the paper's six transforms need 2 x 4 programs.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from eqvae_jax import equivariance
+from eqvae_jax.evaluation import metrics
+from eqvae_jax.features.lpips import lpips as lpips_distance
+
+PAPER_TURNS, PAPER_SCALES = (1, 2, 3), (0.25, 0.5, 0.75)  # appendix C.3: R(theta) and S(s)
+
+
+class Transform(NamedTuple):
+    """One tau of an evaluation.
+
+    family: "R" (quarter turns) or "S" (scales); label: degrees clockwise, or the scale that was asked for.
+    size, image_size: (height, width) of the scaled latent and image, before turning; None for a turn.
+    scale: the scale that the rounded latent size amounts to (height only; 1 for a turn).
+    """
+
+    family: str
+    label: str
+    size: tuple[int, int] | None = None
+    image_size: tuple[int, int] | None = None
+    turns: int = 0
+    scale: float = 1.0
+
+
+@functools.cache
+def functions(model):
+    """(encode, decode) of a linen autoencoder, as functions of (params, array)."""
+
+    def encode(params, x):
+        return model.apply({"params": params}, x, method=model.encode)
+
+    def decode(params, z):
+        return model.apply({"params": params}, z, method=model.decode)
+
+    return encode, decode
+
+
+def latent_size(encode, decode, params, image_size):
+    """(h, w) of the latent of an image of (H, W) = `image_size`, found without computing anything.
+
+    Raises:
+      ValueError: the autoencoder does not give back an image of the size that went in.
+    """
+    image = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
+    latent = jax.eval_shape(lambda p, x: encode(p, x).mode(), params, image)
+    decoded = jax.eval_shape(decode, params, latent)
+    if decoded.shape != image.shape:
+        raise ValueError(
+            f"{image_size[0]} x {image_size[1]} images come back as {decoded.shape[1]} x {decoded.shape[2]}: "
+            f"choose sides that are multiples of the autoencoder's downsampling factor, "
+            f"{decoded.shape[1] // latent.shape[1]}."
+        )
+    return latent.shape[1:3]
+
+
+def transforms(latent, factor, turns=PAPER_TURNS, scales=PAPER_SCALES):
+    """The taus of R and S for a latent of (h, w), in an autoencoder that downsamples by `factor`.
+
+    A latent side times a scale is rounded to whole latent pixels; `Transform.scale` says which scale that is.
+
+    Raises:
+      ValueError: a turn is not 1, 2 or 3, or a scale leaves no pixel or changes nothing at this latent size.
+    """
+    chosen = []
+    for turn in turns:
+        if turn not in (1, 2, 3):
+            raise ValueError(f"A turn is 1, 2 or 3 quarters clockwise, not {turn}.")
+        chosen.append(Transform("R", str(90 * turn), turns=turn))
+    for scale in scales:
+        size = tuple(int(side * scale + 0.5) for side in latent)
+        if min(size) < 1 or size == tuple(latent):
+            raise ValueError(
+                f"Scale {scale:g} of a {latent[0]} x {latent[1]} latent is {size[0]} x {size[1]}: "
+                f"use larger images (a latent of 4 x 4, {4 * factor} x {4 * factor} pixels, is the least for "
+                f"0.25, 0.5 and 0.75) or other scales."
+            )
+        image_size = (size[0] * factor, size[1] * factor)
+        chosen.append(Transform("S", f"{scale:g}", size, image_size, scale=size[0] / latent[0]))
+    return chosen
+
+
+@jax.jit
+def _to_float(image):
+    return image.astype(jnp.float32) / 127.5 - 1
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(encode, params, x, key, number):
+    """x (B,H,W,3) -> {"mode", "sample"} (B,h,w,C); an image's noise comes from `key` and its `number`."""
+    posterior = encode(params, x)
+    return {"mode": posterior.mode(), "sample": posterior.sample(key, number)}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(decode, params, z):
+    return decode(params, z)
+
+
+@functools.partial(jax.jit, static_argnames=("transform", "method", "antialias"))
+def _move(x, z, transform, method, antialias):
+    """tau x and tau z, for images x and a dict of latents z."""
+    options = {"turns": transform.turns, "method": method, "antialias": antialias}
+    moved = {
+        name: equivariance.apply_tau(latent, size=transform.size, **options) for name, latent in z.items()
+    }
+    return equivariance.apply_tau(x, size=transform.image_size, **options), moved
+
+
+@functools.partial(jax.jit, static_argnames="uint8")
+def _reconstruction_scores(x, y, uint8, lpips):
+    shown_x, shown_y = metrics.as_displayed(x, uint8), metrics.as_displayed(y, uint8)
+    scores = {
+        "psnr": metrics.psnr(shown_x, shown_y),
+        "ssim": metrics.ssim(shown_x, shown_y),
+        "l1": metrics.l1(shown_x, shown_y),
+        "mse": metrics.mse(shown_x, shown_y),
+    }
+    if lpips is not None:
+        scores["lpips"] = lpips_distance(lpips, x, y)  # on the unclipped decode, as the released evaluation
+    return scores
+
+
+@functools.partial(jax.jit, static_argnames=("transform", "uint8"))
+def _equivariance_scores(transform, target, moved, encoded, decoded, floor, uint8):
+    target, decoded, floor = (metrics.as_displayed(image, uint8) for image in (target, decoded, floor))
+    family, label = transform.family, transform.label
+    return {
+        f"{family}/{label}": metrics.latent_error(moved["mode"], encoded["mode"]),
+        f"{family}_sample/{label}": metrics.latent_error(moved["sample"], encoded["sample"]),
+        f"pixel_l1/{label}": metrics.l1(decoded, target),
+        f"pixel_psnr/{label}": metrics.psnr(decoded, target),
+        f"floor_l1/{label}": metrics.l1(floor, target),
+        f"floor_psnr/{label}": metrics.psnr(floor, target),
+    }
+
+
+def reconstruct(
+    encode, decode, params, batches, *, lpips=None, posterior="mode", uint8="round", seed=0, progress=True
+):
+    """Means over a set of images of the errors of D(E(x)).
+
+    Args:
+      batches: iterable of {"image": uint8 (B,H,W,3), "mask": bool (B,)}, as data.images.evaluation_batches.
+      lpips: parameters of features.lpips, or None to leave LPIPS out.
+      posterior: "mode" or "sample", the latent that is decoded. The released evaluation samples.
+      uint8: one of metrics.UINT8_CONVENTIONS; PSNR, SSIM, L1 and MSE are those of the 8-bit images, with
+        differences in units of the [-1, 1] range.
+
+    Returns:
+      {"psnr", "ssim", "l1", "mse"[, "lpips"]: float, "count": images measured}.
+    """
+    means, key = metrics.Means(), jax.random.key(seed)
+    with jax.default_matmul_precision("highest"):  # the accelerators' default is TF32 or bf16
+        for x, number, mask, placed in _placed(batches, params, progress, "reconstruction"):
+            z = _encode(encode, placed, x, key, number)[posterior]
+            means.add(_reconstruction_scores(x, _decode(decode, placed, z), uint8, lpips), mask)
+    return means.result() | {"count": means.count()}
+
+
+def equivariance_errors(
+    encode,
+    decode,
+    params,
+    batches,
+    chosen,
+    *,
+    posterior="mode",
+    uint8="round",
+    method="bilinear",
+    antialias=False,
+    seed=0,
+    progress=True,
+):
+    """Means over a set of images of how far the autoencoder is from commuting with each tau.
+
+    Args: as `reconstruct`, and
+      chosen: a list from `transforms`.
+      method, antialias: interpolation of images and latents, as `equivariance.apply_tau`.
+
+    Returns a flat dict of floats. For each transform's label (90, 180, 270, 0.25 ...):
+      R/label, S/label              the latent error of posterior modes; R_sample/, S_sample/ of samples,
+                                    where E(x) and E(tau x) have independent noise
+      pixel_l1/label, pixel_psnr/   D(tau E(x)) against tau x: what EQ-VAE trains
+      floor_l1/label, floor_psnr/   D(E(tau x)) against tau x: what is left when tau comes first
+    the mean over each family's transforms (R, S, R_sample, S_sample, pixel_l1/R, pixel_l1/S ...) and "count".
+    """
+    means, key = metrics.Means(), jax.random.key(seed)
+    with jax.default_matmul_precision("highest"):
+        for x, number, mask, placed in _placed(batches, params, progress, "equivariance"):
+            z = _encode(encode, placed, x, key, number)
+            for draw, transform in enumerate(chosen, start=1):
+                target, moved = _move(x, z, transform, method, antialias)
+                encoded = _encode(encode, placed, target, jax.random.fold_in(key, draw), number)
+                decoded = _decode(decode, placed, moved[posterior])
+                floor = _decode(decode, placed, encoded[posterior])
+                means.add(
+                    _equivariance_scores(transform, target, moved, encoded, decoded, floor, uint8), mask
+                )
+    return means.result() | _family_means(means.result(), chosen) | {"count": means.count()}
+
+
+def pictures(encode, decode, params, batch, chosen, *, method="bilinear", antialias=False):
+    """The images behind the numbers, for one batch (posterior mode), as NumPy arrays.
+
+    Returns:
+      {"image": (B,H,W,3), "latent": (B,h,w,C), "reconstruction": (B,H,W,3),
+       "target": {label: tau x}, "moved": {label: D(tau E(x))}}, images in [-1, 1] as displayed.
+    """
+    shown = {"target": {}, "moved": {}}
+    with jax.default_matmul_precision("highest"):
+        for x, number, _, placed in _placed([batch], params, False, ""):
+            z = _encode(encode, placed, x, jax.random.key(0), number)
+            shown |= {"image": x, "latent": z["mode"], "reconstruction": _decode(decode, placed, z["mode"])}
+            for transform in chosen:
+                shown["target"][transform.label], moved = _move(x, z, transform, method, antialias)
+                shown["moved"][transform.label] = _decode(decode, placed, moved["mode"])
+    clipped = lambda image: np.clip(jax.device_get(image), -1.0, 1.0)
+    return {
+        "image": clipped(shown["image"]),  # 255 comes back from the device as 1.0000001
+        "latent": jax.device_get(shown["latent"]),
+        "reconstruction": clipped(shown["reconstruction"]),
+        "target": {label: clipped(image) for label, image in shown["target"].items()},
+        "moved": {label: clipped(image) for label, image in shown["moved"].items()},
+    }
+
+
+def _family_means(values, chosen):
+    """Each family's mean over its transforms: R from R/90, R/180, R/270; pixel_l1/R from pixel_l1/90 ..."""
+    result = {}
+    for family in dict.fromkeys(transform.family for transform in chosen):
+        labels = [transform.label for transform in chosen if transform.family == family]
+        for prefix, name in [(family, family), (f"{family}_sample", f"{family}_sample")] + [
+            (pixel, f"{pixel}/{family}") for pixel in ("pixel_l1", "pixel_psnr", "floor_l1", "floor_psnr")
+        ]:
+            result[name] = float(np.mean([values[f"{prefix}/{label}"] for label in labels]))
+    return result
+
+
+def _placed(batches, params, progress, name):
+    """Yields (x float32 in [-1, 1], number, mask, params), the batch spread over this process's devices.
+
+    A batch that the devices do not divide stays on the first. `number` is each row's place in the whole pass;
+    a record's index would not do, as several crops share it.
+    """
+    placed = None
+    bar = tqdm(batches, desc=name, unit="batch", leave=False, disable=None if progress else True)
+    for step, batch in enumerate(bar):
+        rows = len(batch["image"])
+        devices = jax.local_devices()
+        mesh = Mesh(np.array(devices if rows % len(devices) == 0 else devices[:1]), ("data",))
+        if placed is None:
+            placed = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        number = np.arange(step * rows, (step + 1) * rows, dtype=np.int32)
+        image, number = jax.device_put((batch["image"], number), NamedSharding(mesh, PartitionSpec("data")))
+        yield _to_float(image), number, batch.get("mask"), placed

@@ -1,0 +1,155 @@
+"""Trains any config of this project.
+
+    python -m eqvae_jax.main --config=configs/eq_sdvae.py:quickstart --workdir=RUNS/quickstart
+    python -m eqvae_jax.main --config=configs/eq_sdvae.py --workdir=RUNS/eq \\
+        --config.init=diffusers:stabilityai/sd-vae-ft-ema --config.data.train=folder:PHOTOS \\
+        --config.loss.lpips_weights=download
+
+Any value of the config is a flag: --config.optimizer.learning_rate=1e-4. The same command again goes on from the
+newest checkpoint in the workdir.
+"""
+
+import time
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+# JAX and all that imports it is imported where it is first needed: a config that cannot work is refused in a
+# second, and --help does not wait for a GPU.
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", None, "What to train: FILE.py or FILE.py:VARIANT.", lock_config=True)
+flags.DEFINE_string("workdir", None, "Directory for checkpoints, metrics.jsonl, event files and reports.")
+
+NEEDS = """{config} needs:
+{needs}
+Try it without either, on photographs that ship with the installed packages and on random weights:
+  --config.data.train=photos --config.init=init:sd
+or see the method work in minutes on a CPU: --config=configs/eq_sdvae.py:quickstart"""
+NEEDS_DATA = """  images to train on: --config.data.train=folder:DIR (any tree of JPEG or PNG files), arrayrecord:GLOB or tfds:NAME.
+    The paper's are the 1.7 million of OpenImages; `python -m eqvae_jax.data.preparation --help` shards a folder."""
+NEEDS_INIT = """  weights to start from: --config.init=diffusers:DIR_OR_HUB_ID, for example diffusers:stabilityai/sd-vae-ft-ema
+    (335 MB), ldm:FILE for kl-f8's model.ckpt, or workdir:DIR for a run of this project."""
+NEEDS_LPIPS = """  weights of the perceptual loss: --config.loss.lpips_weights=download (553 MB), or a directory that holds
+    vgg16-397923af.pth and vgg.pth, or a file with both; or --config.loss.perceptual_weight=0 to train without."""
+
+
+def preflight(config):
+    """Resolves and checks what can be checked without JAX; raises ValueError that says what to set.
+
+    `init:` starts from random weights, which is a trial of the machinery and nothing the recipe could fine-tune:
+    there the perceptual loss, unless its weights are named, is off, and the log says so.
+    """
+    needs = [] if config.data.train else [NEEDS_DATA]
+    needs += [] if config.init else [NEEDS_INIT]
+    if config.loss.perceptual_weight and not config.loss.lpips_weights:
+        if config.init.startswith("init:"):
+            logging.warning("%s is random weights and loss.lpips_weights is not set: the perceptual loss is off.", config.init)
+            config.loss.perceptual_weight = 0.0
+        elif config.init:
+            needs.append(NEEDS_LPIPS)
+    if needs:
+        raise ValueError(NEEDS.format(config="This config", needs="\n".join(needs)))
+    for name, low, high in (("p_equivariance", 0, 1), ("p_low_resolution", 0, 1)):
+        if not low <= config.equivariance[name] <= high:
+            raise ValueError(f"equivariance.{name} is {config.equivariance[name]}; it is a probability, {low} to {high}.")
+    for name in ("steps", "accumulate"):
+        if config.training[name] < 1:
+            raise ValueError(f"training.{name} is {config.training[name]}; it must be at least 1.")
+
+
+def train(config, workdir):
+    """Trains one config in `workdir`, going on where a former run stopped; returns 0, or 1 if it was interrupted."""
+    preflight(config)
+    import jax.numpy as jnp
+    from clu import parameter_overview
+
+    from eqvae_jax import weights
+    from eqvae_jax.autoencoders.task import autoencoder_task, check
+    from eqvae_jax.data.images import evaluation_batches, train_batches
+    from eqvae_jax.data.sources import open_source
+    from eqvae_jax.training import loop
+    from eqvae_jax.training.sharding import make_mesh
+
+    mesh = make_mesh(config.mesh)
+    model, params, spec = weights.load_autoencoder(config.init, seed=config.seed)
+    model = model.clone(dtype=jnp.dtype(config.model.dtype), remat=config.model.remat)
+    data = config.data
+    if not data.batch_size:
+        data.batch_size = data.batch_per_device * mesh.size * config.training.accumulate
+    check(config, model, mesh)
+    with config.unlocked():  # what weights.load_autoencoder("workdir:...") rebuilds the model from
+        config.autoencoder = dict(
+            channels=model.channels, multipliers=model.multipliers, blocks_per_level=model.blocks_per_level,
+            latent_channels=model.latent_channels, groups=model.groups, attention_levels=model.attention_levels,
+            quant=model.quant, scale=spec.scale, shift=spec.shift)
+    lpips = weights.load_lpips(config.loss.lpips_weights) if config.loss.perceptual_weight else None
+
+    source, held_out = open_source(data.train), open_source(data.evaluation)
+    batches = loop.Data(
+        train=lambda start: train_batches(
+            source, image_size=data.image_size, batch_size=data.batch_size, seed=config.seed, flip=data.flip,
+            min_crop=data.min_crop, max_crop=data.max_crop, start_step=start, workers=data.workers,
+            broken_limit=data.broken_limit),
+        evaluation=lambda: evaluation_batches(
+            held_out, image_size=data.image_size, batch_size=data.evaluation_batch_size,
+            limit=data.evaluation_limit or None, crops=data.evaluation_crops))
+    print(f"{data.train}: {len(source):,} images. Batch {data.batch_size} = {mesh.size} devices x "
+          f"{data.batch_size // (mesh.size * config.training.accumulate)} x accumulation {config.training.accumulate}.\n"
+          f"{config.init}: {parameter_overview.count_parameters(params):,} parameters, computed in {config.model.dtype}.")
+    task = autoencoder_task(config, model, params, mesh, lpips)
+    state = loop.train(task, batches, config, workdir, mesh)
+    return int(int(state.step) < config.training.steps)
+
+
+def train_stages(config, workdir):
+    """Trains config.stages one after another, each in workdir/NAME, and compares them in a table and a report."""
+    from eqvae_jax import report
+
+    begun, runs = time.monotonic(), {}
+    for name, overrides in config.stages.items():
+        stage = ConfigDict(config.to_dict() | {"stages": {}})
+        stage.update(overrides)
+        stage.init = stage.init.format(workdir=workdir)
+        stage.lock()
+        print(f"\n== {name} ({len(runs) + 1} of {len(config.stages)})")
+        runs[name] = Path(workdir) / name
+        if train(stage, runs[name]):
+            return 1
+    print("\n== comparison on held-out images")
+    data = config.data
+    document = report.compare(runs, images=data.evaluation, output=workdir, image_size=data.image_size,
+                              batch_size=data.evaluation_batch_size, limit=data.evaluation_limit or None,
+                              crops=data.evaluation_crops)
+    print(report.format_table(document))
+    print(report.verdict(document))
+    print(f"{time.monotonic() - begun:.0f} s in all. Pictures, curves and numbers: {Path(workdir) / 'report.html'}")
+    return 0
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}; every option is a --flag=value.")
+    from eqvae_jax.backend import use_compilation_cache
+
+    use_compilation_cache()
+    if not FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax, fontTools and others say a line at every turn
+    config, workdir = FLAGS.config, str(Path(FLAGS.workdir).expanduser())
+    try:
+        return train_stages(config, workdir) if config.stages else train(config, workdir)
+    except (ValueError, OSError, RuntimeError) as error:
+        if FLAGS.verbosity > 0:
+            raise
+        return f"\n{type(error).__name__}: {error}\n(--verbosity=1 shows the traceback)"
+
+
+def run():
+    """The command line's entry: errors a user can act on are one message, not a traceback."""
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,260 @@
+"""Compares training runs on held-out images: metrics.json, PNG and PDF figures, and one report.html.
+
+    python -m eqvae_jax.report --runs control=RUNS/control EQ=RUNS/eq --images=photos:test --output=REPORT
+    python -m eqvae_jax.report --workdir=RUNS/eq --images=folder:VAL --limit=500 --output=REPORT
+
+report.html holds its pictures and needs nothing else: it can be mailed, printed and read on a phone.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+import numpy as np
+
+from eqvae_jax import weights
+from eqvae_jax.data.images import TooManyBroken
+from eqvae_jax.evaluation import charts, comparison, figures, page, provenance, reconstruction
+from eqvae_jax.evaluation.tables import format_table, verdict
+from eqvae_jax.training.workdir import differences
+
+TRANSFORMED_IMAGES = 2  # how many of the shown images get a grid of transforms of their own
+
+_ABOUT = (
+    """An autoencoder E, D turns an image into a small latent and back. EQ-VAE (arXiv 2502.09509) fine-tunes it so
+    that scaling or turning the latent scales or turns the decoded image: D(τE(x)) should be τx. This page
+    measures how far that holds on images given for evaluation, and what it costs in plain reconstruction.""",
+    """R and S say how far τE(x) is from E(τx), as a squared ratio per image: 0 is perfect, and 1 means that the two
+    differ by as much as the latent itself. The pixel errors say how far the decoded picture is from τx.""",
+)
+
+# figure -> its heading, what it shows (read out where pictures are not seen), what to look for
+_TEXTS = {
+    "tau": (
+        "Moving the latent instead of the image",
+        """A grid with one row per transform: the transformed photograph on the left, beside it each model's decode
+        of the transformed latent.""",
+        """Left: the image after τ. The other columns never saw it: the latent of the upright, full-size image was
+        turned or scaled, and decoded. The closer to the left column the more equivariant; look for broken edges,
+        false texture and shifted colours. The error is the mean absolute difference on a range from -1 to 1; the
+        smallest of a row is bold.""",
+    ),
+    "latent_pca": (
+        "What the latents look like",
+        """A grid with one row per image: the image on the left, beside it each model's latent as colours.""",
+        """The first three principal components of each latent, computed for that latent alone: compare structure,
+        not hues. Speckle is detail that a generator would have to model; smooth areas with clear outlines are
+        what equivariance should bring.""",
+    ),
+    "reconstruction": (
+        "Plain reconstruction",
+        """A grid with one row per image: the image on the left, beside it each model's reconstruction.""",
+        """D(E(x)) without any transform: what fine-tuning must not spoil. PSNR in dB, higher is better; the best of
+        a row is bold.""",
+    ),
+    "errors": (
+        "The errors side by side",
+        """Bar charts of R, S and the pixel errors, for each transform and their mean, one bar per model.""",
+        """Lower is better everywhere. Above: the transformed latent against the latent of the transformed image.
+        Below: the picture decoded from the transformed latent against the transformed image.""",
+    ),
+    "curves": (
+        "Training",
+        """Line charts of the logged metrics against the training step, one line per run.""",
+        """Held-out metrics first, then training metrics: pale as logged, strong as a running average. The training
+        losses of an EQ run are those of transformed images, so they are not comparable with a plain run's.""",
+    ),
+}
+
+
+def compare(
+    runs, *, images, output, image_size=None, batch_size=8, limit=None, crops=1, lpips=None, shown=3, progress=True
+):
+    """Measures the autoencoders of several runs on the same images; writes metrics.json, figures, report.html.
+
+    Args:
+      runs: dict name -> workdir, in the table's order; changes are relative to "control", or to the first.
+      images: a reference to images, best ones that were not trained on. output: a directory, made if need be.
+      image_size: side in pixels; None takes the last run's data.image_size.
+      batch_size, limit, crops: as data.images.evaluation_batches.
+      lpips: parameters of features.lpips, to measure LPIPS too.
+      shown: how many images the figures show, at most `batch_size`.
+
+    Returns:
+      the dict of comparison.compare with "runs" (name -> workdir, step, config) added: what metrics.json holds,
+      and what `format_table` and `verdict` take.
+
+    Raises:
+      ValueError: no run, no such workdir or image, or sizes that do not fit; before anything is compiled.
+    """
+    if not runs:
+        raise ValueError("There is no run to report on.")
+    histories = {name: charts.read_rows(workdir) for name, workdir in runs.items()}
+    configs = {name: _config(workdir) for name, workdir in runs.items()}
+    side = image_size or list(configs.values())[-1].get("data", {}).get("image_size")
+    if not side:
+        raise ValueError(f"{list(runs.values())[-1]}/config.json does not say data.image_size: give image_size.")
+    protocol = comparison.Protocol(
+        images=images, image_size=side, batch_size=batch_size, limit=limit, crops=crops
+    )
+    batches, broken = comparison.open_batches(protocol)
+    models = {name: weights.load_autoencoder(f"workdir:{workdir}") for name, workdir in runs.items()}
+    pathlib.Path(output).mkdir(parents=True, exist_ok=True)  # now, not after all that measuring
+    document = comparison.compare(
+        models, protocol, lpips=lpips, batches=batches, broken=broken, progress=progress
+    )
+    document["runs"] = {}
+    for name, workdir in runs.items():
+        step = max((row["step"] for row in histories[name]), default=None)
+        document["runs"][name] = {"workdir": str(workdir), "step": step, "config": configs[name]}
+    write(document, _exhibits(models, batches, protocol, min(shown, batch_size)), histories, output)
+    return document
+
+
+def write(document, exhibits, histories, output):
+    """Writes what there is to see: metrics.json, figures as PNG and PDF, report.html; returns the page's path.
+
+    document: as `compare` returns it. exhibits: name -> arrays of reconstruction.pictures. histories: name ->
+    rows of charts.read_rows.
+    """
+    output = pathlib.Path(output)
+    provenance.write_json(output / "metrics.json", document)
+    first = next(iter(exhibits.values()))
+    pictures = []
+
+    def add(name, figure, kind=None):
+        png, _ = figures.save(figure, output / name)
+        heading, description, caption = (" ".join(text.split()) for text in _TEXTS[kind or name])
+        if pictures and pictures[-1].description == description:
+            heading, caption = "", "The same for another image."
+        pictures.append(page.Picture(heading, png.read_bytes(), description, caption))
+
+    def of_each(key):
+        return {name: shown[key] for name, shown in exhibits.items()}
+
+    for number in range(min(TRANSFORMED_IMAGES, len(first["image"]))):
+        pick = {name: _row(moved, number) for name, moved in of_each("moved").items()}
+        add(f"tau_{number + 1}", figures.tau_grid(_row(first["target"], number), pick), "tau")
+    add("latent_pca", figures.latent_pca(first["image"], of_each("latent")))
+    add("reconstruction", figures.reconstruction_grid(first["image"], of_each("reconstruction")))
+    add("errors", charts.bars(document["results"]))
+    if charts.curve_keys(histories):
+        add("curves", charts.curves(histories))
+
+    configs = {name: run["config"] for name, run in document["runs"].items()}
+    title = "How equivariant is the latent space? " + ", ".join(document["results"])
+    paragraphs = [" ".join(text.split()) for text in _ABOUT]
+    text = page.render(title, paragraphs, document, pictures, configs, _differing(configs))
+    path = output / "report.html"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _row(batches, number):
+    """{label: (B, H, W, 3)} -> {label: (H, W, 3)}, row `number` of each."""
+    return {label: batch[number] for label, batch in batches.items()}
+
+
+def _config(workdir):
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{workdir} is not the workdir of a run: it has no config.json.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _differing(configs):
+    """Rows (leaf, its value in each run) of the leaves in which any run differs from the first."""
+    first, *others = configs.values()
+    leaves = sorted({leaf for other in others for leaf, _, _ in differences(first, other)})
+    rows = []
+    for leaf in leaves:
+        values = []
+        for config in configs.values():
+            value = config
+            for part in leaf.split("."):
+                value = value.get(part, "absent") if isinstance(value, dict) else "absent"
+            values.append(value if isinstance(value, str) else json.dumps(value))
+        rows.append((leaf, *values))
+    return rows
+
+
+def _exhibits(models, batches, protocol, count):
+    """name -> arrays of reconstruction.pictures for `count` different images, in a batch of the compiled size."""
+    rows = {}
+    for batch in batches:
+        for image, index, real in zip(batch["image"], batch["index"], batch["mask"], strict=True):
+            if real and len(rows) < count:
+                rows.setdefault(int(index), image)
+        if len(rows) == count:
+            break
+    images = list(rows.values())
+    batch = {"image": np.stack([images[i % len(images)] for i in range(protocol.batch_size)])}
+    tau = {"method": protocol.interpolation, "antialias": protocol.antialias}
+    exhibits = {}
+    for name, chosen in comparison.check(models, protocol).items():
+        model, params, _ = models[name]
+        shown = reconstruction.pictures(*reconstruction.functions(model), params, batch, chosen, **tau)
+        exhibits[name] = {
+            key: {label: rows[: len(images)] for label, rows in value.items()}
+            if isinstance(value, dict)
+            else value[: len(images)]
+            for key, value in shown.items()
+        }
+    return exhibits
+
+
+def main(arguments=None):
+    """Runs the command line; returns the process's exit code, 2 for something the user can put right."""
+    options = _parser().parse_args(arguments)
+    try:
+        document = compare(
+            _named(options.runs) if options.runs else {pathlib.Path(options.workdir).resolve().name: options.workdir},
+            images=options.images,
+            output=options.output,
+            image_size=options.image_size,
+            batch_size=options.batch_size,
+            limit=options.limit,
+            crops=options.crops,
+            lpips=weights.load_lpips(options.lpips) if options.lpips else None,
+        )
+    except (ValueError, OSError, TooManyBroken) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(format_table(document))
+    print(verdict(document))
+    print(f"wrote {pathlib.Path(options.output) / 'report.html'}")
+    return 0
+
+
+def _named(texts):
+    """["control=A", "EQ=B"] -> {"control": "A", "EQ": "B"}, in order."""
+    runs = {}
+    for text in texts:
+        name, _, workdir = text.partition("=")
+        if not name or not workdir or name in runs:
+            raise ValueError(f"--runs takes NAME=WORKDIR for each run and every name once, not {text!r}.")
+        runs[name] = workdir
+    return runs
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m eqvae_jax.report", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--runs", nargs="+", metavar="NAME=WORKDIR", help="runs to compare with 'control' or the first")
+    which.add_argument("--workdir", metavar="DIR", help="one run")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where report.html and the rest goes")
+    parser.add_argument("--images", default="photos:test", metavar="REFERENCE", help="of the images (%(default)s)")
+    parser.add_argument("--image_size", type=int, metavar="N", help="side in pixels (the last run's data.image_size)")
+    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="images at a time (%(default)s)")
+    parser.add_argument("--limit", type=int, metavar="N", help="this many images, spread evenly over the set (all)")
+    parser.add_argument("--crops", type=int, default=1, metavar="N", help="1: centre crop; more: random, but fixed (1)")
+    parser.add_argument("--lpips", metavar="REFERENCE", help="LPIPS weights, to measure LPIPS too")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Training that knows nothing about images: state, optimizer, sharding, checkpoints, logging, loop."""

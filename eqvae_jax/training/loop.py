@@ -1,0 +1,194 @@
+"""The one training loop: restore, step, log, evaluate, preview, save, stop."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+
+from eqvae_jax.training.checkpoint import Checkpoints, saved_steps
+from eqvae_jax.training.compilation import CompileLedger, WarmUp
+from eqvae_jax.training.logging import Progress, Writer
+from eqvae_jax.training.metrics import Interval, evaluate, to_host
+from eqvae_jax.training.sharding import put
+from eqvae_jax.training.state import TrainState
+from eqvae_jax.training.stopping import StopRequest, check_health
+from eqvae_jax.training.workdir import FULL, prepare
+
+
+class Task(NamedTuple):
+    """What a trainer is. The loop reads the counters of the state; the rest is the task's own business."""
+
+    # rng -> TrainState, traced by jit; large arrays enter through jax.tree_util.Partial(init, arrays)
+    init: Callable
+    # (state, batch, step) -> (state, {name: scalar}); donates state, advances state.step by one
+    train_step: Callable
+    # (state, batch) -> {name: (B,) per-example values}; traceable
+    eval_step: Callable
+    # (state, batch) -> {name: (B, H, W, 3) in [-1, 1]}
+    preview: Callable
+    # from sharding.state_shardings
+    shardings: TrainState
+    # (state shapes, batch shapes) -> iterator of (name, thunk that compiles one program), first needed first
+    warm_up: Callable | None = None
+
+
+class Data(NamedTuple):
+    """Where batches come from: dicts of numpy arrays, this host's rows of each global batch."""
+
+    # start step -> endless iterator; batch n depends on nothing but the seed and n
+    train: Callable[[int], Iterator]
+    # () -> batches that also carry "mask" (B,), False on padding
+    evaluation: Callable[[], Iterable]
+
+
+def train(task, data, config, workdir, mesh):
+    """Trains to `config.training.steps`, going on from the newest checkpoint; returns the TrainState.
+
+    A line of metrics.jsonl is the mean over the steps since the line before it, or since a resume. After
+    SIGTERM or SIGINT the step under way is finished and saved, and the state so far is returned: its `step`
+    is then below `config.training.steps`.
+
+    Raises ValueError for a config that makes no sense or belongs to another run, Diverged after
+    `config.training.max_skipped` skipped updates in a row, SaveError or OSError where the disk is full.
+    """
+    settings = config.training
+    _validate(config)
+    workdir = prepare(workdir, config, started=bool(saved_steps(workdir)))
+    with contextlib.ExitStack() as run:
+        checkpoints = run.enter_context(Checkpoints(workdir, config))
+        run.enter_context(_disk_errors_explained(checkpoints))
+        shapes, example = _shapes(task, config), _example(data, config)
+        _check_best_metric(task, config, shapes, example)
+        state, start = checkpoints.restore(shapes) or (None, 0)
+
+        progress = run.enter_context(Progress(start, settings.steps))
+        writer = run.enter_context(Writer(workdir, start))
+        ledger = run.enter_context(CompileLedger())
+        stop = run.enter_context(StopRequest(progress.say, checkpoints.reached_preemption))
+        warm_up = run.enter_context(WarmUp(progress.say))
+
+        if state is None:
+            state = _init(task, config)
+        else:
+            progress.say(f"going on from step {start} of {workdir}")
+        batches, interval = data.train(start), Interval(ledger)
+        for step in range(start, settings.steps):
+            batch = put(mesh, _next(batches, step))
+            if step == start and task.warm_up and settings.warm_up:
+                warm_up.start(task.warm_up(shapes, jax.tree.map(_shape, batch)))
+            state, metrics = task.train_step(state, batch, step)
+            interval.add(metrics, rows=len(jax.tree.leaves(batch)[0]))
+            progress.advance()
+
+            done, evaluated = step + 1, None
+            stopping, last = stop.requested(done), done == settings.steps
+            if _due(settings.log_every, done, last):
+                means = interval.means()
+                means["skipped"] = check_health(state, done, settings.max_skipped, checkpoints)
+                writer.scalars(done, means)
+                progress.report(done, means)
+                checkpoints.check()
+            with interval.paused():
+                if _due(settings.eval_every, done, last) and not stopping:
+                    evaluated = evaluate(task.eval_step, state, data.evaluation(), mesh, stop.pending)
+                    if evaluated:
+                        writer.scalars(done, evaluated, split="eval")
+                        progress.report(done, evaluated, split="eval")
+                if _due(settings.preview_every, done, last) and not stopping:
+                    images = task.preview(state, put(mesh, example))
+                    writer.images(done, {name: to_host(array) for name, array in images.items()})
+                stopping = stopping or stop.pending()  # a signal may have come while evaluating
+                # With a ranking every evaluated state is saved, or the best might never be on disk.
+                ranked = evaluated and config.checkpoint.best_metric
+                if _due(config.checkpoint.every, done, last) or last or stopping or ranked:
+                    check_health(state, done, settings.max_skipped, checkpoints)
+                    checkpoints.save(done, state, evaluated)
+            if stopping:
+                break
+        checkpoints.wait()
+        progress.say(_farewell(stop, checkpoints, settings.steps) + f"; {ledger}")
+    return state
+
+
+def _shapes(task, config):
+    """The state as ShapeDtypeStructs with the shardings it will have; nothing is computed."""
+    shapes = jax.eval_shape(task.init, jax.random.key(config.seed))
+    return jax.tree.map(
+        lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
+        shapes, task.shardings)
+
+
+def _init(task, config):
+    # Pretrained arrays bound to a Partial become arguments; closed over, they would be constants inside the
+    # program, compiled and cached with it. A Partial around a Partial would hide them again.
+    init = task.init if isinstance(task.init, jax.tree_util.Partial) else jax.tree_util.Partial(task.init)
+    compiled = jax.jit(lambda init, key: init(key), out_shardings=task.shardings)
+    return compiled(init, jax.random.key(config.seed))
+
+
+def _example(data, config):
+    """The evaluation batch that every preview shows, or None where nobody needs it."""
+    if config.training.preview_every or config.checkpoint.best_metric:
+        return next(iter(data.evaluation()))
+    return None
+
+
+def _due(every, done, last):
+    """Tells whether what happens every so many steps (0 = never) happens now; at the last step it does."""
+    return bool(every) and (last or done % every == 0)
+
+
+def _shape(array):
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+
+
+def _next(batches, step):
+    try:
+        return next(batches)
+    except StopIteration:
+        message = f"the training data ended before step {step + 1}; Data.train must be endless"
+        raise ValueError(message) from None
+
+
+def _validate(config):
+    settings = config.training
+    least = {"steps": 1, "max_skipped": 1, "log_every": 0, "eval_every": 0, "preview_every": 0}
+    for field, low in least.items():
+        if settings[field] < low:
+            raise ValueError(f"config.training.{field} is {settings[field]}; it must be at least {low}")
+    if config.checkpoint.every < 0:
+        raise ValueError(f"config.checkpoint.every is {config.checkpoint.every}; it must be at least 0")
+    if config.checkpoint.best_metric and not settings.eval_every:
+        raise ValueError(f"config.checkpoint.best_metric is {config.checkpoint.best_metric!r}, but with "
+                         "config.training.eval_every = 0 nothing is ever evaluated")
+
+
+def _check_best_metric(task, config, shapes, example):
+    """Raises ValueError now rather than at the first evaluation, hours from here."""
+    wanted = config.checkpoint.best_metric
+    known = jax.eval_shape(task.eval_step, shapes, example) if wanted else ()
+    if wanted and wanted not in known:
+        raise ValueError(f"config.checkpoint.best_metric is {wanted!r}; evaluation gives: "
+                         + ", ".join(sorted(known)))
+
+
+def _farewell(stop, checkpoints, steps):
+    step = checkpoints.last_good
+    if stop.reason:
+        return (f"stopped by {stop.reason}: step {step} of {steps} is saved in {checkpoints.directory}; give "
+                "the same command again to go on")
+    return f"step {step} of {steps} is saved in {checkpoints.directory}"
+
+
+@contextlib.contextmanager
+def _disk_errors_explained(checkpoints):
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(
+            error.errno, f"cannot write into {checkpoints.directory.parent} ({error.strerror}); the last "
+            f"good checkpoint is {checkpoints.describe_last_good()}; free some space, then give the same "
+            "command again to go on from there") from error

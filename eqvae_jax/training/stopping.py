@@ -1,0 +1,70 @@
+"""How a run ends before its last step: asked to by a signal, or because the updates are no longer finite."""
+
+import signal
+import threading
+
+import jax
+
+
+class Diverged(RuntimeError):
+    """Too many updates in a row were not finite."""
+
+
+class StopRequest:
+    """Inside `with`, the first SIGTERM or SIGINT asks the loop to stop; a second one ends the process at
+    once.
+
+    In a run of several processes the signals are left to jax.distributed, which tells all hosts the same step
+    to stop at: a handler of our own would replace its own, and one host stopping alone would hang the others.
+    """
+
+    def __init__(self, say, reached_preemption):
+        """say: prints a line; reached_preemption: step -> bool, the same answer on every host."""
+        self._say, self._reached_preemption = say, reached_preemption
+        self._previous = {}
+        self.reason = ""
+
+    def __enter__(self):
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._receive)
+                              for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+    def _receive(self, number, _):
+        self.__exit__()  # so that the second signal has its usual effect
+        self.reason = signal.Signals(number).name
+        self._say(f"{self.reason}: finishing this step and saving; send it again to stop at once")
+
+    def pending(self):
+        """Tells whether a signal has come to this process; always False with several processes."""
+        return bool(self.reason)
+
+    def requested(self, step):
+        """Tells whether to stop after `step`. All processes must ask at every step."""
+        if self._reached_preemption(step):
+            self.reason = "preemption"
+        return bool(self.reason)
+
+
+def check_health(state, step, max_skipped, checkpoints):
+    """Returns how many updates the run has skipped so far.
+
+    Raises Diverged after `max_skipped` in a row, without saving, and RuntimeError where the state is not at
+    `step`.
+    """
+    at, skipped, in_a_row = map(int, jax.device_get((state.step, state.skipped, state.skipped_in_a_row)))
+    if at != step:
+        raise RuntimeError(f"after step {step} the state says {at}; train_step must advance state.step by "
+                           "one")
+    if in_a_row >= max_skipped:
+        checkpoints.wait()
+        raise Diverged(
+            f"{in_a_row} updates in a row up to step {step} were not finite (config.training.max_skipped = "
+            f"{max_skipped}). The last good checkpoint is {checkpoints.describe_last_good()} in "
+            f"{checkpoints.directory}. Look at the metrics just before; a lower learning rate, a longer "
+            "warm-up, a clip_norm or float32 compute are the usual cures")
+    return skipped

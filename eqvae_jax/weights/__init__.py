@@ -1,0 +1,11 @@
+"""Weights in and out: strict tables and layout changes, and the only place that reads other people's files."""
+
+from eqvae_jax.weights.autoencoders import AutoencoderSpec, load_autoencoder, save_autoencoder
+from eqvae_jax.weights.errors import WeightsError
+from eqvae_jax.weights.lpips import fetch_lpips, load_lpips
+from eqvae_jax.weights.references import Reference, parse_reference
+
+__all__ = [
+    "AutoencoderSpec", "Reference", "WeightsError", "fetch_lpips", "load_autoencoder", "load_lpips", "parse_reference",
+    "save_autoencoder",
+]

@@ -1,0 +1,44 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="eqvae_jax",
+    version="0.1.0",
+    description="EQ-VAE in JAX: autoencoders with equivariant latents, and generators trained on them",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(include=["eqvae_jax", "eqvae_jax.*"]),
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.30",
+        "grain>=0.2.12",
+        "array-record>=0.8",
+        "tensorflow-datasets>=4.9.9",
+        "ml-collections>=1.0",
+        "clu>=0.0.12",
+        "numpy>=1.26",
+        "ml-dtypes>=0.5",
+        "absl-py>=2.0",
+        # decoding, progress, event files, figures, weights
+        "pillow>=10.1",
+        "tqdm>=4.60",
+        "msgpack>=1.0",
+        "tensorboardX>=2.6",
+        "matplotlib>=3.8",
+        "safetensors>=0.4",
+        "huggingface-hub>=0.25",
+        # the photographs of `photos`
+        "scikit-image>=0.22",
+        "scikit-learn>=1.4",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        # torch and what is built on it are references to measure against; the package never imports them. Pinned
+        # together: torchvision (which lpips needs) asks for exactly one torch.
+        "test": ["pytest>=8", "torch==2.13.0", "torchvision==0.28.0", "diffusers>=0.35", "lpips==0.1.4", "cloudpickle", "ruff>=0.9"],
+        "dev": ["eqvae_jax[test]", "tensorboard", "jupyterlab"],
+    },
+)

@@ -1,0 +1,110 @@
+import json
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+from eqvae_jax.evaluation import charts, figures
+
+
+def smooth(rng, *shape):
+    """Smooth random fields in [-1, 1], which unlike noise have an orientation."""
+    array = np.cumsum(np.cumsum(rng.normal(size=shape), axis=-3), axis=-2)
+    return (2 * (array - array.min()) / np.ptp(array) - 1).astype(np.float32)
+
+
+def test_pca_recovers_independent_components_in_order_and_agrees_with_the_image(rng):
+    sources = smooth(rng, 8, 8, 3).reshape(64, 3).astype(np.float64)
+    sources -= sources.mean(0)
+    basis = np.linalg.qr(sources)[0] * [9.0, 4.0, 1.0]  # uncorrelated, strongest first
+    mixing = np.linalg.qr(rng.normal(size=(5, 3)))[0]
+    latent = (basis @ mixing.T + rng.normal(size=5)).reshape(8, 8, 5)
+    image = np.kron(basis[:, :1].reshape(8, 8, 1), np.ones((4, 4, 3)))  # brightness is the first component
+    rgb = figures.pca_rgb(latent, image).reshape(64, 3)
+    assert rgb.min() == 0 and rgb.max() == 1  # one range for all three channels
+    for channel, component in ((2, 0), (1, 1), (0, 2)):  # blue is the first
+        assert abs(np.corrcoef(rgb[:, channel], basis[:, component])[0, 1]) == pytest.approx(1)
+    assert np.corrcoef(rgb[:, 2], basis[:, 0])[0, 1] > 0
+    flipped = figures.pca_rgb(-latent, image).reshape(64, 3)
+    np.testing.assert_allclose(flipped[:, 2] - flipped[:, 2].mean(), rgb[:, 2] - rgb[:, 2].mean(), atol=1e-9)
+
+
+def test_pca_of_few_channels_or_of_nothing_is_a_picture(rng):
+    one = figures.pca_rgb(smooth(rng, 4, 4, 1))
+    assert one.shape == (4, 4, 3) and np.ptp(one[..., 2]) == pytest.approx(1) and np.ptp(one[..., 0]) == 0
+    assert np.isfinite(figures.pca_rgb(np.full((4, 4, 4), 2.5))).all()
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.findobj(matplotlib.text.Text) if text.get_text()]
+
+
+def test_the_tau_grid_prints_each_error_and_marks_the_smallest(rng):
+    target = {"90": smooth(rng, 16, 16, 3) / 2, "0.5": smooth(rng, 8, 8, 3) / 2}
+    moved = {
+        "control": {label: image + 0.25 for label, image in target.items()},
+        "cost $5$_x^": {label: image + 0.125 for label, image in target.items()},  # must not become mathematics
+    }
+    figure = figures.tau_grid(target, moved)
+    found = texts(figure)
+    assert found.count("error 0.250") == 2 and found.count("error 0.125") == 2
+    assert any("90°\n16 × 16" in text for text in found) and any("scale 0.5\n8 × 8" in text for text in found)
+    bold = [text.get_text() for text in figure.findobj(matplotlib.text.Text) if text.get_fontweight() == "bold"]
+    assert bold == ["error 0.125", "error 0.125"]
+    figure.canvas.draw()
+
+
+def test_figures_are_written_as_png_and_pdf_at_paper_width(rng, tmp_path):
+    images = smooth(rng, 2, 16, 16, 3)
+    latents = {"before": smooth(rng, 2, 4, 4, 4), "EQ": smooth(rng, 2, 4, 4, 4)}
+    before = dict(matplotlib.rcParams)
+    for name, figure in {
+        "latent": figures.latent_pca(images, latents),
+        "reconstruction": figures.reconstruction_grid(images, {"EQ": images * 0.9, "exact": images}),
+    }.items():
+        png, pdf = figures.save(figure, tmp_path / "figures" / name)
+        assert Image.open(png).width / 200 <= figures.WIDTH + 0.1
+        assert pdf.read_bytes().startswith(b"%PDF")
+    assert dict(matplotlib.rcParams) == before
+    assert "inf dB" in texts(figures.reconstruction_grid(images, {"exact": images}))
+
+
+def test_bars_stand_for_the_numbers_and_leave_out_what_was_not_measured():
+    results = {"control": {"R/90": 0.5, "R": 0.5}, "EQ": {"R/90": 0.125, "R": None}}
+    figure = charts.bars(results)
+    (axis,) = [axis for axis in figure.axes if axis.get_visible()]
+    heights = [[bar.get_height() for bar in container] for container in axis.containers]
+    assert heights == [[0.5, 0.5], [0.125, 0.0]]
+    found = texts(figure)
+    assert ".50" in found and ".12" in found and "n/a" in found and "90°" in found
+    figure.canvas.draw()
+
+
+def test_short_numbers():
+    expected = {1.254: "1.25", 0.304: ".30", 0.0671: ".067", 0.002: ".002", 0.0001: "0", 12.0: "12.00"}
+    assert {value: charts._short(value) for value in expected} == expected
+
+
+def test_rows_are_read_without_lines_cut_short(tmp_path):
+    assert charts.read_rows(tmp_path) == []
+    rows = [{"step": 1, "split": "train", "nll": 2.0}, {"step": 2, "split": "train", "nll": None}]
+    lines = [json.dumps(row) for row in rows] + ["[1, 2]", '{"split": "train"}', '{"step": 3, "spl']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert charts.read_rows(tmp_path) == rows
+
+
+def test_curves_draw_what_changes_and_skip_what_is_not_a_number():
+    always = {"split": "train", "constant": 1.0}
+    train = [{"step": s, "nll": 10.0 / s, "images_per_second": s} | always for s in range(1, 21)]
+    evaluation = [{"step": s, "split": "eval", "psnr": 20.0 + s} for s in (0, 10, 20)]
+    runs = {"plain": train + evaluation, "broken": [{"step": 5, "split": "eval", "psnr": None}], "empty": []}
+    assert charts.curve_keys(runs) == [("eval", "psnr"), ("train", "nll")]
+    figure = charts.curves(runs)
+    psnr, nll = [axis for axis in figure.axes if axis.get_visible()]
+    np.testing.assert_array_equal(psnr.lines[0].get_xydata(), [[0, 20], [10, 30], [20, 40]])
+    assert psnr.get_title(loc="left") == "psnr, dB (eval)\nhigher is better"
+    raw, average = nll.lines
+    np.testing.assert_allclose(raw.get_ydata(), 10.0 / np.arange(1, 21))
+    np.testing.assert_allclose(average.get_ydata()[:3], [10, 7.5, (5 + 10 / 3) / 2])
+    figure.canvas.draw()

@@ -1,0 +1,140 @@
+import html.parser
+import json
+import re
+
+import numpy as np
+import pytest
+import toy_autoencoder as toys
+
+from eqvae_jax import report, weights
+
+HOSTILE = "<script>alert('$x_1$')</script>&\"quoted\" tau"
+
+
+class Checker(html.parser.HTMLParser):
+    """Fails on elements that are not closed in order; collects text, images and everything that could fetch."""
+
+    VOID = {"meta", "img", "br"}
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.text, self.images, self.fetching, self.tags = [], [], [], [], set()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        attributes = dict(attributes)
+        if tag == "img":
+            assert attributes["alt"]
+            self.images.append(attributes["src"])
+        self.fetching += [attributes[k] for k in ("href", "src", "srcset", "action", "data") if k in attributes]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def parse(path):
+    checker = Checker()
+    checker.feed(path.read_text(encoding="utf-8"))
+    checker.close()
+    assert not checker.open
+    return checker
+
+
+@pytest.fixture(scope="module")
+def workdirs(tmp_path_factory):
+    """Three finished runs whose last path component is the toy's tilt."""
+    root, runs = tmp_path_factory.mktemp("runs"), {"before": "1.0", "control": "0.5", HOSTILE: "0.0"}
+    for i, tilt in enumerate(runs.values()):
+        path = root / tilt
+        path.mkdir()
+        config = {"data": {"image_size": 32}, "equivariance": {"p_equivariance": 0.5 * i}, "note": "</pre><b>"}
+        (path / "config.json").write_text(json.dumps(config))
+        rows = [{"step": s, "split": "train", "nll": 5.0 / s} for s in range(1, 30)]
+        rows += [{"step": s, "split": "eval", "psnr": 20.0 + s} for s in (10, 20)]
+        (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "load_autoencoder", toys.load)
+        yield {name: root / tilt for name, tilt in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def compared(workdirs, tmp_path_factory):
+    """(what report.compare returns, the folder it wrote)."""
+    output = tmp_path_factory.mktemp("report")
+    return report.compare(workdirs, images="photos:test", output=output, batch_size=2, limit=2), output
+
+
+def test_a_comparison_leaves_numbers_and_figures(workdirs, compared):
+    document, output = compared
+    assert list(document["results"]) == list(workdirs) and document["baseline"] == "control"
+    column = document["results"][HOSTILE]
+    assert column["R"] == pytest.approx(0, abs=1e-8) and {"psnr", "ssim", "S", "pixel_l1/R"} <= set(column)
+    assert document["runs"]["control"]["step"] == 29 and document["images"]["image_size"] == 32
+    assert json.loads((output / "metrics.json").read_text(), parse_constant=pytest.fail) == document
+    stems = {path.stem for path in output.glob("*.png")}
+    assert stems == {"tau_1", "tau_2", "latent_pca", "reconstruction", "errors", "curves"}
+    assert stems == {path.stem for path in output.glob("*.pdf")}
+    assert HOSTILE in report.format_table(document) and "against control" in report.verdict(document)
+
+
+def test_the_page_is_well_formed_and_needs_nothing_else(compared):
+    path = compared[1] / "report.html"
+    page = parse(path)
+    assert len(page.images) == 6 and all(source.startswith("data:image/png;base64,") for source in page.fetching)
+    assert not page.tags & {"script", "link", "iframe", "object", "form", "a"}
+    text = "".join(page.text)
+    assert HOSTILE in text and "</pre><b>" in text  # there to be read, not to be run
+    assert "equivariance.p_equivariance" in text and "weights 0123456789abcdef" in text
+    assert not re.search(r"https?://|url\(|@import|<script", path.read_text(encoding="utf-8"))
+
+
+def test_the_page_marks_the_best_and_shows_changes(compared):
+    raw = (compared[1] / "report.html").read_text(encoding="utf-8")
+    row = next(line for line in raw.splitlines() if "R, mean of the turns" in line)
+    cells = re.findall(r'<td class="number">(.*?)</td>', row)
+    assert len(cells) == 3 and cells[2].startswith("<b>0.0000</b>") and "−100%" in cells[2]
+    assert "<b>" not in cells[0] + cells[1] and "small" not in cells[1]
+
+
+def test_one_run_has_no_comparison(workdirs, compared, tmp_path, capsys, monkeypatch):
+    some = compared[1] / "errors.png"  # drawing is tested above
+    monkeypatch.setattr(report.figures, "save", lambda figure, path: (some, None))
+    arguments = ["--batch_size=2", "--limit=1", f"--output={tmp_path / 'one'}"]
+    code = report.main([f"--workdir={workdirs['control']}", *arguments])
+    out = capsys.readouterr().out
+    assert code == 0 and "report.html" in out and "0.5" in out
+    page = parse(tmp_path / "one" / "report.html")
+    assert "against" not in "".join(page.text).split("Numbers")[0] and "change from" not in "".join(page.text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--runs", "a=/nowhere"], "/nowhere is not the workdir of a run"),
+        (["--runs", "a"], "NAME=WORKDIR"),
+        (["--runs", "a=CONTROL", "a=CONTROL"], "every name once"),
+        (["--workdir=CONTROL", "--images=nonsense"], "nonsense"),
+        (["--workdir=CONTROL", "--image_size=33"], "take 32 or 36"),
+    ],
+)
+def test_what_cannot_work_is_refused(workdirs, tmp_path, capsys, arguments, message):
+    arguments = [text.replace("CONTROL", str(workdirs["control"])) for text in arguments]
+    assert report.main([*arguments, f"--output={tmp_path / 'out'}"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
+def test_exhibits_are_different_images_even_among_many_crops(workdirs):
+    images = np.random.default_rng(1).integers(0, 255, (3, 2, 32, 32, 3), dtype=np.uint8)
+    both = np.array([True, True])
+    batches = [{"image": pair, "index": np.array([i, i]), "mask": both} for i, pair in enumerate(images)]
+    protocol = report.comparison.Protocol(images="photos:test", image_size=32, batch_size=4)
+    exhibits = report._exhibits({"toy": toys.load("toy:0")}, batches, protocol, 3)
+    shown = np.rint((exhibits["toy"]["image"] + 1) * 127.5)
+    np.testing.assert_array_equal(shown, images[:, 0])
+    assert exhibits["toy"]["moved"]["90"].shape == (3, 32, 32, 3)

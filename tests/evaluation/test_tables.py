@@ -1,0 +1,90 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from eqvae_jax.evaluation import provenance, tables
+
+KEYS = ("psnr", "ssim", "R/90", "R", "S/0.5", "S", "pixel_l1/90", "pixel_l1/R")
+RESULTS = {
+    "before": dict(zip(KEYS, (24.0, 0.7, 0.8, 0.8, 0.4, 0.4, 0.3, 0.3), strict=True)),
+    "control": dict(zip(KEYS, (25.0, 0.7, 0.9, 0.9, 0.0, 0.0, 0.32, 0.32), strict=True)),
+    "EQ": dict(zip(KEYS, (24.5, 0.7, 0.3, 0.3, 0.1, None, 0.1, 0.1), strict=True)),
+}
+DOCUMENT = {
+    "results": RESULTS,
+    "baseline": "control",
+    "images": {"count": 12, "image_size": 64, "reference": "photos:test"},
+}
+
+
+def line(text, label):
+    return next(line.split() for line in text.splitlines() if line.strip().startswith(label))
+
+
+def test_a_line_holds_values_changes_from_the_control_and_one_star():
+    text = tables.format_table(DOCUMENT)
+    assert line(text, "PSNR") == ["PSNR,", "dB", "higher", "24.00", "(-1.00)", "25.00*", "24.50", "(-0.50)"]
+    assert line(text, "R, mean")[-6:] == ["lower", "0.8000", "(-11%)", "0.9000", "0.3000*", "(-67%)"]
+    assert line(text, "SSIM").count("0.7000") == 3 and "*" not in " ".join(line(text, "SSIM"))
+
+
+def test_missing_values_and_zero_baselines_have_no_change():
+    text = tables.format_table(DOCUMENT)
+    assert line(text, "S, mean")[-4:] == ["lower", "0.4000", "0.0000*", "n/a"]
+    assert line(text, "scale 0.5")[-3:] == ["0.4000", "0.0000*", "0.1000"]
+
+
+def test_columns_are_aligned_and_plain_ascii():
+    text = tables.format_table(DOCUMENT)
+    assert text.isascii()
+    ends = {row.index("24.00") + len("24.00") for row in text.splitlines() if "24.00" in row}
+    ends |= {row.index("0.8000") + len("0.8000") for row in text.splitlines() if "0.8000" in row}
+    assert len(ends) == 1
+    assert "12 images of 64 x 64 pixels from photos:test" in text and "change from control" in text
+
+
+def test_one_column_has_neither_stars_nor_changes():
+    text = tables.format_table(DOCUMENT | {"results": {"EQ": RESULTS["EQ"]}, "baseline": "EQ"})
+    assert "*" not in text and "(" not in text.replace("D(", "").replace("E(", "")
+    assert tables.verdict(DOCUMENT | {"results": {"EQ": RESULTS["EQ"]}, "baseline": "EQ"}) == ""
+
+
+def test_the_verdict_states_factors_either_way():
+    expected = "EQ against control: R 3.00x lower, pixel error under turns 3.20x lower, PSNR 0.50 dB lower."
+    assert tables.verdict(DOCUMENT) == expected
+    worse = DOCUMENT | {"results": {"EQ": RESULTS["EQ"], "late": RESULTS["before"]}, "baseline": "EQ"}
+    assert tables.verdict(worse).startswith("late against EQ: R 2.67x higher")
+
+
+def test_the_baseline_is_the_control_or_the_first():
+    assert tables.baseline(["before", "control", "EQ"]) == "control"
+    assert tables.baseline(["a", "b"]) == "a"
+
+
+def test_json_has_no_nan_and_is_written_whole(tmp_path):
+    path = tmp_path / "deep" / "metrics.json"
+    provenance.write_json(path, {"a": [float("nan"), 1.5], "b": {"c": float("inf")}, 3: "ü"})
+    loaded = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert loaded == {"a": [None, 1.5], "b": {"c": None}, "3": "ü"}
+    with pytest.raises(TypeError):
+        provenance.write_json(path, {"a": object()})
+    assert json.loads(path.read_text(encoding="utf-8")) == loaded
+    assert [file.name for file in path.parent.iterdir()] == ["metrics.json"]
+
+
+def test_software_names_versions_devices_and_commit():
+    software = provenance.software()
+    assert software["python"] == ".".join(map(str, sys.version_info[:3])) and software["jax"]
+    assert "cpu" in software["devices"]
+    commit = provenance.commit()
+    assert commit is None or len(commit.removesuffix("-dirty")) == 40
+
+
+def test_the_commit_of_another_checkout_is_not_claimed(tmp_path, monkeypatch):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    package = tmp_path / "site-packages" / "eqvae_jax" / "evaluation"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
+    assert provenance.commit() is None

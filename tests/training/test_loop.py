@@ -1,0 +1,269 @@
+import json
+import os
+import signal
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+import toy_regression as toy
+
+from eqvae_jax.training import sharding
+from eqvae_jax.training.checkpoint import SaveError, saved_steps
+from eqvae_jax.training.loop import Data, train
+from eqvae_jax.training.stopping import Diverged
+
+TIMINGS = {"steps_per_second", "images_per_second", "compile_seconds"}
+
+
+def metrics_of(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
+
+
+def assert_same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def poisoned(*steps):
+    """Batches whose targets are not a number at the given steps."""
+    def stream(start):
+        for step, batch in enumerate(toy.batches(start), start):
+            yield batch | {"y": batch["y"] * np.nan} if step in steps else batch
+    return stream
+
+
+def test_six_steps_learn_and_are_logged(uninterrupted):
+    workdir, state = uninterrupted
+    assert int(state.step) == 6 and int(state.skipped) == 0
+    losses = [line["loss"] for line in metrics_of(workdir)]
+    assert len(losses) == 6 and losses[-1] < losses[1]
+    assert json.loads((workdir / "config.json").read_text())["optimizer"]["learning_rate"] == 0.05
+
+
+def test_killed_while_saving_then_resumed_is_as_if_never_killed(children, uninterrupted, capsys):
+    workdir, code, _, err = children["killed"]
+    assert code == -signal.SIGKILL, err
+    assert saved_steps(workdir) == [4]
+    assert list((workdir / "checkpoints").glob("6.*")), "the process was to die with step 6 half written"
+    assert [line["step"] for line in metrics_of(workdir)][-1] > 4  # lines that must not appear twice
+    with open(workdir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "split": "tr')
+
+    state = toy.run(workdir, toy.get_config(**{"checkpoint.every": 4}))
+    assert_same_bits(state, uninterrupted[1])
+    assert metrics_of(workdir) == metrics_of(uninterrupted[0])
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["4", "6"]
+    assert "going on from step 4" in capsys.readouterr().err
+
+
+def test_sigterm_saves_and_resumes_as_if_never_stopped(children, uninterrupted):
+    workdir, code, out, err = children["signalled"]
+    assert code == 0, err
+    assert "returned at step 5" in out
+    assert "step 5 of 6 is saved" in err and "give the same command again" in err
+    assert saved_steps(workdir) == [4, 5]
+    assert_same_bits(toy.run(workdir, toy.get_config(**{"checkpoint.every": 4})), uninterrupted[1])
+    assert metrics_of(workdir) == metrics_of(uninterrupted[0])
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    def interrupted_twice(start):
+        for step, batch in enumerate(toy.batches(start), start):
+            if step == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batch
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        toy.run(tmp_path, stream=interrupted_twice)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_bad_batch_changes_nothing_but_the_counters(tmp_path):
+    config = toy.get_config()
+    mesh = sharding.make_mesh(config.mesh)
+    task = toy.make_task(config, mesh)
+    state = jax.jit(task.init, out_shardings=task.shardings)(jax.random.key(3))
+    for step in (0, 1):
+        state, _ = task.train_step(state, sharding.put(mesh, toy.batch_at(step)), step)
+    before = jax.tree.map(np.array, state)
+    bad = toy.batch_at(2)
+    bad["y"] = bad["y"] * np.nan
+    for step in (2, 3):
+        state, metrics = task.train_step(state, sharding.put(mesh, bad), step)
+    assert np.isnan(metrics["loss"])
+    for field in ("params", "opt_state", "ema", "buffers"):
+        assert_same_bits(getattr(state, field), getattr(before, field))
+    assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (4, 2, 2)
+    state, _ = task.train_step(state, sharding.put(mesh, toy.batch_at(4)), 4)
+    assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (5, 2, 0)
+
+
+def test_a_skipped_step_is_counted_and_written_as_null(tmp_path):
+    state = toy.run(tmp_path, stream=poisoned(2))
+    assert int(state.skipped) == 1
+    lines = metrics_of(tmp_path)
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1, 1]
+    assert lines[2]["loss"] is None and lines[3]["loss"] > 0
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_bad_updates_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(tmp_path):
+    with pytest.raises(Diverged, match=r"3 updates in a row up to step 6.*last good checkpoint is step 4"):
+        toy.run(tmp_path, toy.get_config(**{"training.steps": 20}), stream=poisoned(*range(3, 20)))
+    # 4 was saved after one skipped update and holds the weights of step 3
+    assert saved_steps(tmp_path) == [2, 4]
+
+
+def test_between_log_lines_metrics_are_averaged_over_the_finite_ones(tmp_path, uninterrupted):
+    each = metrics_of(uninterrupted[0])
+    toy.run(tmp_path / "pairs", toy.get_config(**{"training.log_every": 4}))
+    mean, rest = metrics_of(tmp_path / "pairs")
+    assert (mean["step"], rest["step"]) == (4, 6)
+    for name in ("loss", "gradient_norm", "learning_rate"):
+        np.testing.assert_allclose(mean[name], np.mean([line[name] for line in each[:4]]), rtol=1e-6)
+        np.testing.assert_allclose(rest[name], np.mean([line[name] for line in each[4:]]), rtol=1e-6)
+
+
+def test_evaluation_is_the_masked_mean_over_examples_and_the_best_is_kept(tmp_path):
+    config = toy.get_config(**{
+        "training.steps": 7, "training.eval_every": 1, "training.preview_every": 7, "checkpoint.keep": 1,
+        "checkpoint.keep_best": 2, "checkpoint.best_metric": "error", "checkpoint.best_mode": "max"})
+    toy.run(tmp_path, config)
+    lines = [line for line in metrics_of(tmp_path) if line["split"] == "eval"]
+    batches = list(toy.evaluation())
+    inputs = np.concatenate([batch["x"][batch["mask"], 0] for batch in batches])
+    assert len(inputs) == 13
+    for line in lines:
+        np.testing.assert_allclose(line["first_input"], inputs.mean(), rtol=1e-6)
+    errors = {line["step"]: line["error"] for line in lines}
+    assert len(errors) == 7
+    best = sorted(errors, key=errors.get)[-2:]
+    assert saved_steps(tmp_path) == sorted({*best, 7}) and 7 not in best
+    assert (tmp_path / "previews" / "inputs_00000007.png").exists()
+
+
+def test_one_device_and_eight_agree(children, uninterrupted):
+    directory, code, out, err = children["eight_devices"]
+    assert code == 0, err
+    seen = json.loads(out.splitlines()[-1])
+    assert seen["devices"] == 8
+    assert seen["shard"] == [toy.INPUTS, toy.OUTPUTS // 4]
+    assert seen["spec"] == seen["mu"] == [None, "fsdp"] and seen["step"] == []
+    for here, there in zip(metrics_of(uninterrupted[0]), metrics_of(directory / "eight"), strict=True):
+        assert here["step"] == there["step"]
+        np.testing.assert_allclose(there["loss"], here["loss"], rtol=1e-5)
+        np.testing.assert_allclose(there["gradient_norm"], here["gradient_norm"], rtol=1e-5)
+
+
+def test_a_run_moves_between_one_and_eight_devices(children, tmp_path):
+    directory, code, _, err = children["eight_devices"]
+    assert code == 0, err
+    constant = toy.get_config(**{"optimizer.schedule": "constant"})
+    toy.run(tmp_path, constant)
+    moved = metrics_of(directory / "moved")
+    assert [line["step"] for line in moved] == [1, 2, 3, 4, 5, 6]
+    for here, there in zip(metrics_of(tmp_path), moved, strict=True):
+        np.testing.assert_allclose(there["loss"], here["loss"], rtol=1e-5)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one megabyte."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a small file system needs root")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("changes, error, good", [
+    ({"training.log_every": 0}, SaveError, "step [24]"),
+    ({"training.preview_every": 5, "checkpoint.every": 5}, OSError, "none yet"),
+])
+def test_a_full_disk_is_explained_and_the_run_goes_on_afterwards(small_disk, changes, error, good):
+    config = toy.get_config(**changes)
+
+    def filling(start):
+        for step, batch in enumerate(toy.batches(start), start):
+            if step == 4:
+                with open(small_disk / "filler", "wb", buffering=0) as file:
+                    try:
+                        while file.write(b"x" * 512):
+                            pass
+                    except OSError:
+                        pass
+            yield batch
+
+    with pytest.raises(error, match=f"(?s)No space left on device.*last good checkpoint is {good}") as raised:
+        toy.run(small_disk, config, filling)
+    assert str(small_disk) in str(raised.value)
+    (small_disk / "filler").unlink()
+    config.training.log_every = 1
+    assert int(toy.run(small_disk, config).step) == 6
+    assert metrics_of(small_disk)[-1]["step"] == 6
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"training.steps": 0}, "training.steps is 0"),
+    ({"training.max_skipped": 0}, "max_skipped"),
+    ({"checkpoint.keep": 0}, "checkpoint.keep"),
+    ({"checkpoint.best_mode": "low"}, "'min' or 'max'"),
+    ({"checkpoint.best_metric": "error"}, "eval_every"),
+    ({"checkpoint.best_metric": "psnr", "training.eval_every": 2}, "evaluation gives: error, first_input"),
+])
+def test_a_config_that_makes_no_sense_fails_before_the_first_step(tmp_path, changes, message):
+    def never(start):
+        raise AssertionError("a step was about to be taken")
+
+    config = toy.get_config()
+    task = toy.make_task(config, sharding.make_mesh(config.mesh))
+    with pytest.raises(ValueError, match=message):
+        toy.run(tmp_path, toy.get_config(**changes), never, task=task)
+
+
+def test_what_a_task_or_its_data_must_not_do(tmp_path):
+    config = toy.get_config()
+    mesh = sharding.make_mesh(config.mesh)
+    task = toy.make_task(config, mesh)
+    with pytest.raises(ValueError, match="ended before step 3"):
+        toy.run(tmp_path / "short", config, lambda start: iter([toy.batch_at(0), toy.batch_at(1)]))
+    standing = task._replace(train_step=lambda state, batch, step: (state, {"loss": batch["y"].mean()}))
+    with pytest.raises(RuntimeError, match="advance state.step"):
+        toy.run(tmp_path / "standing", config, task=standing)
+    scalar = task._replace(eval_step=lambda state, batch: {"error": batch["x"].mean()})
+    with pytest.raises(ValueError, match="one value per example"):
+        toy.run(tmp_path / "scalar", toy.get_config(**{"training.eval_every": 1}), task=scalar)
+    with pytest.raises(ValueError, match="no example"):
+        evaluating = toy.get_config(**{"training.eval_every": 1})
+        train(task, Data(toy.batches, list), evaluating, tmp_path / "none", mesh)
+
+
+def test_arrays_bound_to_init_become_arguments_and_not_constants(tmp_path):
+    config = toy.get_config(**{"training.steps": 1, "optimizer.schedule": "constant"})
+    task = toy.make_task(config, sharding.make_mesh(config.mesh))
+    kernel = np.linspace(-2, 5, toy.INPUTS * toy.OUTPUTS, dtype=np.float32).reshape(toy.INPUTS, toy.OUTPUTS)
+    traced = []
+
+    def init(kernel, key):
+        traced.append(isinstance(kernel, jax.core.Tracer))
+        state = task.init(key)
+        return state.replace(params={"model": state.params["model"] | {"w": kernel}}, ema=None)
+
+    seen = []
+
+    def train_step(state, batch, step):
+        seen.append(np.array(state.params["model"]["w"]))
+        return state.replace(step=state.step + 1), {"loss": state.params["model"]["b"][0]}
+
+    toy.run(tmp_path, config, task=task._replace(
+        init=jax.tree_util.Partial(init, kernel), train_step=train_step,
+        shardings=task.shardings.replace(ema=None)))
+    np.testing.assert_array_equal(seen[0], kernel)
+    assert traced[-1]
