@@ -38,7 +38,8 @@ setup(
         "cuda": ["jax[cuda13]"],
         # torch and what is built on it are references to measure against; the package never imports them. Pinned
         # together: torchvision (which lpips needs) asks for exactly one torch.
-        "test": ["pytest>=8", "torch==2.13.0", "torchvision==0.28.0", "diffusers>=0.35", "lpips==0.1.4", "cloudpickle", "ruff>=0.9"],
+        "test": ["pytest>=8", "torch==2.13.0", "torchvision==0.28.0", "diffusers>=0.35", "lpips==0.1.4",
+                 "cloudpickle", "ruff>=0.9"],
         "dev": ["eqvae_jax[test]", "tensorboard", "jupyterlab"],
     },
 )

@@ -104,8 +104,9 @@ def quickstart():
 def smoke():
     config = quickstart()
     config.init = "init:smoke"
-    config.data.update(image_size=32, batch_per_device=2, evaluation_batch_size=2, evaluation_limit=2, evaluation_crops=1)
-    config.equivariance.update(sizes=(8,))
+    config.data.update(image_size=32, batch_per_device=2, evaluation_batch_size=2, evaluation_limit=2,
+                       evaluation_crops=1)
+    config.equivariance.update(sizes=(8,), p_equivariance=1.0)
     config.optimizer.update(schedule="constant", warmup_steps=0)
     config.training.update(steps=2, log_every=1, eval_every=2)
     config.stages.control.training.steps = 2

@@ -8,7 +8,8 @@ Source: EQ-VAE (arXiv 2502.09509), section 3 and appendix C.3. Where the release
 (interpolation, meaning of `p_prior`, which sizes), the defaults here are the released code's.
 """
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +94,8 @@ def quarter_turns(x, turns):
     if isinstance(turns, (int, np.integer)):
         return rotations[turns % 4](x)
     if x.shape[1] != x.shape[2]:
-        raise ValueError(f"turns must be a Python int for a {x.shape[1]} x {x.shape[2]} map: its shape depends on it.")
+        raise ValueError(f"turns must be a Python int for a {x.shape[1]} x {x.shape[2]} map: its shape depends on "
+                         "it.")
     return jax.lax.switch(turns % 4, rotations, x)
 
 
@@ -122,6 +124,7 @@ def error(encode: Callable, x, *, factor: int, size=None, turns=0, method="bilin
     moved = apply_tau(encode(x), size, turns, method, antialias)
     encoded = encode(apply_tau(x, image_size, turns, method, antialias))
     if moved.shape != encoded.shape:
-        raise ValueError(f"tau E(x) is {moved.shape} but E(tau x) is {encoded.shape}: is the image side a multiple of {factor}?")
+        raise ValueError(f"tau E(x) is {moved.shape} but E(tau x) is {encoded.shape}: is the image side a multiple of "
+                         f"{factor}?")
     squared = lambda z: jnp.sum(jnp.square(z.astype(jnp.float32)), axis=(1, 2, 3))
     return squared(moved - encoded) / squared(encoded)

@@ -16,6 +16,7 @@ import re
 import sys
 
 from eqvae_jax import weights
+from eqvae_jax.backend import use_compilation_cache
 from eqvae_jax.data.images import TooManyBroken
 from eqvae_jax.evaluation import comparison, metrics, provenance, tables
 
@@ -25,6 +26,7 @@ _NAMED = re.compile(r"([^=:/\\]+)=(.+)")  # NAME=REFERENCE; a reference's own "=
 def main(arguments=None):
     """Runs the command line; returns the process's exit code, 2 for something the user can put right."""
     options = _parser().parse_args(arguments)
+    use_compilation_cache()
     path = pathlib.Path(options.output) / "metrics.json"
     try:
         protocol = _protocol(options)

@@ -9,6 +9,7 @@ Any value of the config is a flag: --config.optimizer.learning_rate=1e-4. The sa
 newest checkpoint in the workdir.
 """
 
+import sys
 import time
 from pathlib import Path
 
@@ -27,12 +28,15 @@ NEEDS = """{config} needs:
 Try it without either, on photographs that ship with the installed packages and on random weights:
   --config.data.train=photos --config.init=init:sd
 or see the method work in minutes on a CPU: --config=configs/eq_sdvae.py:quickstart"""
-NEEDS_DATA = """  images to train on: --config.data.train=folder:DIR (any tree of JPEG or PNG files), arrayrecord:GLOB or tfds:NAME.
-    The paper's are the 1.7 million of OpenImages; `python -m eqvae_jax.data.preparation --help` shards a folder."""
-NEEDS_INIT = """  weights to start from: --config.init=diffusers:DIR_OR_HUB_ID, for example diffusers:stabilityai/sd-vae-ft-ema
-    (335 MB), ldm:FILE for kl-f8's model.ckpt, or workdir:DIR for a run of this project."""
-NEEDS_LPIPS = """  weights of the perceptual loss: --config.loss.lpips_weights=download (553 MB), or a directory that holds
-    vgg16-397923af.pth and vgg.pth, or a file with both; or --config.loss.perceptual_weight=0 to train without."""
+NEEDS_DATA = """  images to train on: --config.data.train=folder:DIR (any tree of JPEG or PNG files), arrayrecord:GLOB,
+    tfds:NAME. The paper's are the 1.7 million of OpenImages.
+    To shard a folder: python -m eqvae_jax.data.preparation --help"""
+NEEDS_INIT = """  weights to start from: --config.init=diffusers:DIR_OR_HUB_ID, for example
+    diffusers:stabilityai/sd-vae-ft-ema (335 MB), ldm:FILE for kl-f8's model.ckpt,
+    or workdir:DIR for a run of this project."""
+NEEDS_LPIPS = """  weights of the perceptual loss: --config.loss.lpips_weights=download (553 MB), or a directory
+    that holds vgg16-397923af.pth and vgg.pth, or a file with both;
+    or --config.loss.perceptual_weight=0 to train without."""
 
 
 def preflight(config):
@@ -45,15 +49,16 @@ def preflight(config):
     needs += [] if config.init else [NEEDS_INIT]
     if config.loss.perceptual_weight and not config.loss.lpips_weights:
         if config.init.startswith("init:"):
-            logging.warning("%s is random weights and loss.lpips_weights is not set: the perceptual loss is off.", config.init)
+            logging.warning("%s is random weights and loss.lpips_weights is not set: the perceptual loss is off.",
+                            config.init)
             config.loss.perceptual_weight = 0.0
         elif config.init:
             needs.append(NEEDS_LPIPS)
     if needs:
         raise ValueError(NEEDS.format(config="This config", needs="\n".join(needs)))
-    for name, low, high in (("p_equivariance", 0, 1), ("p_low_resolution", 0, 1)):
-        if not low <= config.equivariance[name] <= high:
-            raise ValueError(f"equivariance.{name} is {config.equivariance[name]}; it is a probability, {low} to {high}.")
+    for name in ("p_equivariance", "p_low_resolution"):
+        if not 0 <= config.equivariance[name] <= 1:
+            raise ValueError(f"equivariance.{name} is {config.equivariance[name]}; it is a probability, 0 to 1.")
     for name in ("steps", "accumulate"):
         if config.training[name] < 1:
             raise ValueError(f"training.{name} is {config.training[name]}; it must be at least 1.")
@@ -95,9 +100,10 @@ def train(config, workdir):
         evaluation=lambda: evaluation_batches(
             held_out, image_size=data.image_size, batch_size=data.evaluation_batch_size,
             limit=data.evaluation_limit or None, crops=data.evaluation_crops))
+    accumulate, count = config.training.accumulate, parameter_overview.count_parameters(params)
     print(f"{data.train}: {len(source):,} images. Batch {data.batch_size} = {mesh.size} devices x "
-          f"{data.batch_size // (mesh.size * config.training.accumulate)} x accumulation {config.training.accumulate}.\n"
-          f"{config.init}: {parameter_overview.count_parameters(params):,} parameters, computed in {config.model.dtype}.")
+          f"{data.batch_size // (mesh.size * accumulate)} x accumulation {accumulate}.\n"
+          f"{config.init}: {count:,} parameters, computed in {config.model.dtype}.")
     task = autoencoder_task(config, model, params, mesh, lpips)
     state = loop.train(task, batches, config, workdir, mesh)
     return int(int(state.step) < config.training.steps)
@@ -145,10 +151,21 @@ def main(argv):
         return f"\n{type(error).__name__}: {error}\n(--verbosity=1 shows the traceback)"
 
 
+def parse_flags(argv):
+    """Parses the command line; a config field that does not exist is an error that names the nearest one."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+        message = error
+        while isinstance(message, BaseException) and message.args:  # a KeyError inside an AttributeError, quoted twice
+            message = message.args[0]
+        sys.exit(f"{message}\n(in a --config flag; the config file lists every field)")
+
+
 def run():
     """The command line's entry: errors a user can act on are one message, not a traceback."""
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import sys
 import numpy as np
 
 from eqvae_jax import weights
+from eqvae_jax.backend import use_compilation_cache
 from eqvae_jax.data.images import TooManyBroken
 from eqvae_jax.evaluation import charts, comparison, figures, page, provenance, reconstruction
 from eqvae_jax.evaluation.tables import format_table, verdict
@@ -207,6 +208,7 @@ def _exhibits(models, batches, protocol, count):
 def main(arguments=None):
     """Runs the command line; returns the process's exit code, 2 for something the user can put right."""
     options = _parser().parse_args(arguments)
+    use_compilation_cache()
     try:
         document = compare(
             _named(options.runs) if options.runs else {pathlib.Path(options.workdir).resolve().name: options.workdir},

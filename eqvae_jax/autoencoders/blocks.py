@@ -90,7 +90,8 @@ class GroupNorm(nn.Module):
     def __call__(self, x):
         channels = x.shape[-1]
         if channels % self.groups:
-            raise ValueError(f"GroupNorm: {channels} channels do not divide into {self.groups} groups; change channels or groups.")
+            raise ValueError(f"GroupNorm: {channels} channels do not divide into {self.groups} groups; "
+                             "change the autoencoder's channels or groups.")
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         return group_norm(x, scale, bias, self.groups, self.swish)

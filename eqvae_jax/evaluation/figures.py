@@ -63,6 +63,7 @@ def save(figure, path):
     written = [path.with_name(f"{path.name}.{suffix}") for suffix in ("png", "pdf")]
     with matplotlib.rc_context(_STYLE):
         figure.savefig(written[0], dpi=200)
+        figure.set_layout_engine("none")  # places are found by now; finding them again takes most of the time
         figure.savefig(
             written[1], dpi=200, metadata={"CreationDate": None}
         )  # the same bytes from the same arrays

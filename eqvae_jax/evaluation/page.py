@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import re
 from typing import NamedTuple
 
 from eqvae_jax.evaluation import tables
@@ -61,6 +62,7 @@ td.text { overflow-wrap: anywhere; min-width: 8rem; }
   :root { --text: #000; --soft: #444; --line: #bbb; --page: #fff; --tint: #f4f4f4; --best: #000; }
   main { max-width: none; padding: 0; }
   figure, tr, .verdict { break-inside: avoid; }
+  figure img { width: auto; max-width: 100%; max-height: 20cm; padding: 0; }
   h2 { break-after: avoid; }
   .scroll, pre { overflow: visible; } pre { white-space: pre-wrap; }
 }
@@ -117,7 +119,8 @@ def render(title, paragraphs, document, pictures, configs, differing):
 
 
 def _greek(text):
-    return escape(text).replace("tau", "τ")
+    """The table's ASCII labels as the page writes them: "tau E(x)" is τE(x)."""
+    return re.sub(r"tau (?=E|x)", "τ", escape(text)).replace("tau", "τ")
 
 
 def _numbers(document):

@@ -89,7 +89,7 @@ def change(row, results, name, reference):
         return ""
     if row.change == "difference":
         return f"{value - old:+.{row.digits}f}"
-    return f"{100 * (value / old - 1):+.0f}%"
+    return f"{round(100 * (value / old - 1)):+d}%"
 
 
 def format_table(metrics):

@@ -34,7 +34,7 @@ def find(rest):
         reason = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
         raise WeightsError(
             f"diffusers:{rest}: no such directory, and it could not be had from the Hugging Face Hub: {reason}\n"
-            f"Download its {CONFIG} and {STEM}.safetensors where there is a network and name their folder: diffusers:DIR"
+            f"Download its {CONFIG} and {STEM}.safetensors elsewhere and name their folder: diffusers:DIR"
         ) from error
     return snapshot.joinpath(*subfolder)
 

@@ -23,7 +23,7 @@ def read_tensors(path):
             raise WeightsError(f"{path}: no such file")
         try:
             with safe_open(path, framework="numpy") as file:
-                return file.get_tensors()
+                return {name: file.get_tensor(name) for name in file.keys()}
         except Exception as error:       # the library raises several kinds, for a lying header or an unknown dtype
             raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
     content = read_torch_file(path)

@@ -91,7 +91,7 @@ def to_torch(value, attention_as_convolution=False):
 def read_parameters(tensors, shapes, key_of, where):
     """Our parameters from a file's tensors, all of them and nothing else.
 
-    tensors: name -> array. shapes: tree of what must be filled. key_of: our path -> name. where: the file, for messages.
+    tensors: name -> array. shapes: tree of what to fill. key_of: our path -> name. where: the file, for messages.
     Raises WeightsError with the lists of what is missing, left over and mis-shaped.
     """
     shapes = flax.traverse_util.flatten_dict(shapes)

@@ -1,7 +1,7 @@
 """Read torch's checkpoint files (.ckpt, .pth, .pt, .bin) without torch and without running anything in them.
 
 Both containers: the zip archives of torch >= 1.6, and the stream of pickles before. Tensors come back as read-only
-NumPy arrays that map the file, so a checkpoint of any size costs memory only where it is used. bfloat16 is `ml_dtypes`'.
+NumPy arrays that map the file, so a checkpoint of any size costs memory only where it is used. bfloat16: `ml_dtypes`.
 """
 
 import dataclasses
@@ -90,7 +90,7 @@ def read_zip(path, data):
             raise WeightsError(f"the archive has no entry {name!r}")
         entry = entries[name]
         # torch stores, so that files can be mapped. Refusing the rest also refuses archives that inflate without end.
-        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.file_size != entry.compress_size:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise WeightsError(f"the archive's entry {name!r} is compressed or encrypted; unpack and store it again")
         header = data[entry.header_offset:entry.header_offset + 30]
         if len(header) != 30 or header[:4] != b"PK\3\4":

@@ -25,7 +25,8 @@ def test_group_norm_and_its_gradient_match_torch(torch, rng, swish):
     ty = torch.nn.functional.group_norm(tx, 4, ts, tb, eps=1e-6)
     ty = torch.nn.functional.silu(ty) if swish else ty
     ty.backward(channels_first(torch, dy))
-    for ours, theirs in ((y, ty.permute(0, 2, 3, 1)), (dx, tx.grad.permute(0, 2, 3, 1)), (dscale, ts.grad), (dbias, tb.grad)):
+    for ours, theirs in ((y, ty.permute(0, 2, 3, 1)), (dx, tx.grad.permute(0, 2, 3, 1)),
+                         (dscale, ts.grad), (dbias, tb.grad)):
         np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-4, atol=1e-4)
 
 
@@ -52,11 +53,12 @@ def test_upsample_matches_nearest_then_convolution(torch, rng):
     y, pull = jax.vjp(lambda x, k, b: Upsample().apply({"params": {"kernel": k, "bias": b}}, x), x, kernel, bias)
     dx, dkernel, dbias = pull(dy)
 
-    tx, tk, tb = channels_first(torch, x), torch.from_numpy(kernel).requires_grad_(), torch.from_numpy(bias).requires_grad_()
+    tx, tk, tb = channels_first(torch, x), *(torch.from_numpy(a).requires_grad_() for a in (kernel, bias))
     doubled = torch.nn.functional.interpolate(tx, scale_factor=2.0, mode="nearest")
     ty = torch.nn.functional.conv2d(doubled, tk.permute(3, 2, 0, 1), tb, padding=1)
     ty.backward(channels_first(torch, dy))
-    for ours, theirs in ((y, ty.permute(0, 2, 3, 1)), (dx, tx.grad.permute(0, 2, 3, 1)), (dkernel, tk.grad), (dbias, tb.grad)):
+    for ours, theirs in ((y, ty.permute(0, 2, 3, 1)), (dx, tx.grad.permute(0, 2, 3, 1)),
+                         (dkernel, tk.grad), (dbias, tb.grad)):
         np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-4, atol=1e-4)
 
 
@@ -81,7 +83,8 @@ def test_posterior_splits_mean_first_clips_and_has_torchs_kl(torch, rng):
     posterior = Posterior.from_moments(moments)
     np.testing.assert_array_equal(posterior.mode(), moments[..., :4])
     np.testing.assert_array_equal(posterior.logvar[0, 0, 0], (20, -30, 0, 1))
-    normal = torch.distributions.Normal(torch.from_numpy(moments[1:, ..., :4]), torch.from_numpy(np.exp(moments[1:, ..., 4:] / 2)))
+    mean, std = torch.from_numpy(moments[1:, ..., :4]), torch.from_numpy(np.exp(moments[1:, ..., 4:] / 2))
+    normal = torch.distributions.Normal(mean, std)
     kl = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).sum((1, 2, 3))
     np.testing.assert_allclose(posterior.kl()[1:], kl.numpy(), rtol=1e-5)
 

@@ -16,7 +16,8 @@ from eqvae_jax import equivariance
 from eqvae_jax.autoencoders import losses
 from eqvae_jax.autoencoders.discriminator import PatchDiscriminator
 from eqvae_jax.autoencoders.kl import AutoencoderKL
-from eqvae_jax.autoencoders.task import autoencoder_task, check, to_float
+from eqvae_jax.autoencoders.objective import to_float
+from eqvae_jax.autoencoders.task import autoencoder_task, check
 from eqvae_jax.training.compilation import CompileLedger
 from eqvae_jax.training.sharding import make_mesh, put
 from eqvae_jax.weights import load_autoencoder
@@ -49,7 +50,8 @@ def params():
 
 def batch_of(rows, seed=0):
     rng = np.random.default_rng(seed)
-    return {"image": rng.integers(0, 256, (rows, 16, 16, 3), dtype=np.uint8), "index": np.arange(rows, dtype=np.int32) + 40}
+    image = rng.integers(0, 256, (rows, 16, 16, 3), dtype=np.uint8)
+    return {"image": image, "index": np.arange(rows, dtype=np.int32) + 40}
 
 
 def start(config, params, mesh=None):
@@ -160,8 +162,7 @@ def test_one_large_program_for_each_size_and_none_for_turns(params):
     batch, sizes = place(batch_of(4)), set()
     with CompileLedger() as ledger:
         for step in range(14):
-            tau = equivariance.draw_tau(config.seed, step, **{k: v for k, v in config.equivariance.items() if k not in ("method", "antialias")})
-            sizes.add(tau.height)
+            sizes.add(equivariance.draw_tau(config.seed, step, sizes=(5, 6), p_low_resolution=0.5).height)
             state, _ = task.train_step(state, batch, step)
     assert sizes == {None, 5, 6}
     assert ledger.names["jit(decode)"] == 3
@@ -258,7 +259,7 @@ def compare_meshes():
     rng = np.random.default_rng(0)
     batch = {"image": rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8), "index": np.arange(8, dtype=np.int32)}
     results = []
-    for devices, fsdp in ((1, 1), (8, 1), (8, 4)):
+    for devices, fsdp in ((1, 1), (8, 4)):
         config = small_config(loss__disc_weight=0.5, mesh__fsdp=fsdp, equivariance__p_equivariance=1.0)
         mesh = make_mesh(config.mesh, jax.devices()[:devices])
         task = autoencoder_task(config, model, params, mesh)
@@ -270,4 +271,5 @@ def compare_meshes():
             np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
         for role, expected in results[0][1].items():
             scale = optax.global_norm(expected)
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), gradients[role], expected)
+            for ours, theirs in zip(jax.tree.leaves(gradients[role]), jax.tree.leaves(expected), strict=True):
+                np.testing.assert_allclose(ours, theirs, atol=1e-5 * scale)

@@ -104,6 +104,18 @@ def test_pixel_errors_compare_decodes_with_the_moved_image(rng):
     assert result["pixel_psnr/90"] == pytest.approx(psnr.mean(), rel=1e-5)
 
 
+def test_the_latent_is_moved_before_decoding_and_the_image_before_encoding_for_the_floor(rng):
+    images = photographs(rng, 2, 8)
+    result = errors(ramping, upsampling, images, turns=(1,), scales=(), uint8="none")
+    x = images.astype(np.float32) / 127.5 - 1
+    turn = lambda array: np.rot90(array, -1, (1, 2))
+    through = lambda array: np.asarray(upsampling(PARAMS, ramping(PARAMS, array).mode()))
+    error = lambda array: np.abs(np.clip(array, -1, 1) - turn(x)).mean()
+    assert result["pixel_l1/90"] == pytest.approx(error(turn(through(x))), rel=1e-5)
+    assert result["floor_l1/90"] == pytest.approx(error(through(turn(x))), rel=1e-5)
+    assert result["pixel_l1/90"] != pytest.approx(result["floor_l1/90"], rel=1e-3)
+
+
 def test_samples_have_independent_noise_that_follows_the_image_not_the_batch(rng):
     images = photographs(rng, 6, 64)
     x = images.astype(np.float64) / 127.5 - 1

@@ -83,7 +83,9 @@ def test_software_names_versions_devices_and_commit():
 
 
 def test_the_commit_of_another_checkout_is_not_claimed(tmp_path, monkeypatch):
+    author = ["-c", "user.name=A", "-c", "user.email=a@b"]
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    subprocess.run(["git", *author, "commit", "-q", "--allow-empty", "-m", "x"], cwd=tmp_path, check=True)
     package = tmp_path / "site-packages" / "eqvae_jax" / "evaluation"
     package.mkdir(parents=True)
     monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))

@@ -1,0 +1,157 @@
+"""EQ-VAE's objective around an AutoencoderKL: losses and gradients of one micro-batch under one transform.
+
+It is five small programs instead of one large one, so that the ~50 sizes tau can take share what does not depend
+on them:
+
+    encode     image -> posterior            one program a size of the encoded image (1 + low-resolution sizes)
+    transform  posterior -> tau(z), tau(x)   cheap, one a tau
+    decode     z -> losses, gradients        one a size of the decoded image
+    pull       z's cotangent -> posterior's -> encoder's gradients
+
+The cotangents between them are `jax.vjp`'s, passed across program boundaries as pytrees.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from eqvae_jax import equivariance
+from eqvae_jax.autoencoders import losses
+from eqvae_jax.autoencoders.discriminator import PatchDiscriminator
+from eqvae_jax.features.lpips import lpips as lpips_distance
+
+ENCODER_PARTS = ("encoder", "quant_conv")
+
+
+def to_float(image):
+    """uint8 -> float32 in [-1, 1]."""
+    return image.astype(jnp.float32) / 127.5 - 1.0
+
+
+def split_params(params):
+    """The autoencoder's parameters as (what encoding reads, what decoding reads)."""
+    encoding = {name: part for name, part in params.items() if name in ENCODER_PARTS}
+    return encoding, {name: part for name, part in params.items() if name not in ENCODER_PARTS}
+
+
+def call(program, *args, **static):
+    return program(*args, **static)
+
+
+def compile_only(program, *args, **static):
+    """Compiles a jitted program for arguments given as shapes, and returns the shapes of its results.
+
+    The executable lands where a later call with such arguments finds it.
+    """
+    lowered = program.lower(*args, **static)
+    place = lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding)
+    return jax.tree.map(place, lowered.out_info, lowered.compile().output_shardings)
+
+
+def make_discriminator(config, model):
+    """The PatchGAN that `config.loss` describes, or None where its weight is 0."""
+    loss = config.loss
+    return PatchDiscriminator(loss.disc_width, loss.disc_layers, model.dtype) if loss.disc_weight else None
+
+
+def eq_gradients(config, model):
+    """Returns gradients(params, buffers, lpips, batch, tau, key, step) -> (gradients, metrics, buffers).
+
+    params: {"autoencoder"[, "discriminator"]}. buffers: the discriminator's batch statistics. lpips: parameters of
+    `features.lpips`, or None. batch: {"image": uint8 (B, H, W, 3), "index": (B,)}. tau: an `equivariance.Tau`. step:
+    compared with loss.disc_start. Both sides of the GAN come from one forward pass, at the same parameters; the
+    released code makes two, with a new tau for each.
+    """
+    loss, discriminator, kl_weight = config.loss, make_discriminator(config, model), jnp.float32(config.loss.kl_weight)
+    interpolation = dict(method=config.equivariance.method, antialias=config.equivariance.antialias)
+
+    @partial(jax.jit, static_argnames="size")
+    def encode(encoding, image, size):
+        x = to_float(image)  # (B, H, W, 3)
+        x = x if size is None else equivariance.resize(x, size, **interpolation)
+        posterior, pull = jax.vjp(lambda p: model.apply({"params": p}, x, method="encode"), encoding)
+        return x, posterior, pull
+
+    @partial(jax.jit, static_argnames=("size", "image_size", "static_turns"))
+    def transform(posterior, x, key, index, turns, size, image_size, static_turns):
+        turns = turns if static_turns is None else static_turns
+        tau = lambda array, side: equivariance.apply_tau(array, side, turns, **interpolation)
+
+        def path(posterior):
+            z = posterior.sample(key, index)  # (B, h, w, C)
+            return tau(z, size), posterior.kl().mean()
+
+        (z, kl), pull = jax.vjp(path, posterior)
+        return z, tau(x, image_size), kl, pull
+
+    @jax.jit
+    def decode(decoding, critic, lpips, z, x, step):
+        decoder = lambda p, z: model.apply({"params": p}, z, method="decode_with_features")
+        y, pull_decoder, features = jax.vjp(decoder, decoding, z, has_aux=True)
+
+        def reconstruction(y):
+            p = lpips_distance(lpips, x, y) if loss.perceptual_weight else jnp.zeros(len(x))
+            return losses.reconstruction_loss(x, y, p, loss.perceptual_weight, loss.logvar), p.mean()
+
+        (nll, p), nll_y = jax.value_and_grad(reconstruction, has_aux=True)(y)
+        metrics = {"nll": nll, "l1": jnp.abs(x - y).mean()}
+        metrics |= {"lpips": p} if loss.perceptual_weight else {}
+        cotangent, critic_grads, buffers = nll_y, {}, {}
+        if discriminator:
+            weight, g_y, critic_grads, buffers, extra = adversary(critic, decoding, features, x, y, nll_y)
+            on = (step >= loss.disc_start).astype(jnp.float32)
+            cotangent = nll_y + on * loss.disc_factor * loss.disc_weight * weight * g_y
+            critic_grads = jax.tree.map(lambda g: on * loss.disc_factor * g, critic_grads)
+            metrics |= extra
+        decoding_grads, z_cotangent = pull_decoder(cotangent)
+        return decoding_grads, critic_grads, z_cotangent, buffers, metrics
+
+    def adversary(critic, decoding, features, x, y, nll_y):
+        """Both sides of the GAN from one pass over the real and one over the reconstructed images."""
+        def judge(params, image):  # separate calls: batch statistics of real and fake must not mix
+            return discriminator.apply({"params": params, "batch_stats": critic["batch_stats"]}, image, train=True,
+                                       mutable=["batch_stats"])
+
+        fake, pull_fake, _ = jax.vjp(judge, critic["params"], y, has_aux=True)
+        real, pull_real, new = jax.vjp(lambda p: judge(p, x), critic["params"], has_aux=True)
+        g, g_logits = jax.value_and_grad(losses.generator_loss)(fake)
+        g_y = pull_fake(g_logits)[1]
+
+        # The adaptive weight compares the two gradients at the last kernel alone: a function of the features it sees.
+        kernel = decoding["decoder"]["conv_out"]["kernel"].astype(features.dtype)
+        last = lambda k: jax.lax.conv_general_dilated(features, k, (1, 1), ((1, 1), (1, 1)),
+                                                      dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        pull_kernel = jax.vjp(last, kernel)[1]
+        weight = losses.balance(lambda ct: pull_kernel(ct.astype(features.dtype)), nll_y, g_y)
+
+        d, (real_ct, fake_ct) = jax.value_and_grad(losses.hinge_discriminator_loss, argnums=(0, 1))(real, fake)
+        grads = jax.tree.map(jnp.add, pull_real(real_ct)[0], pull_fake(fake_ct)[0])
+        metrics = {"generator": g, "discriminator": d, "adaptive_weight": weight,
+                   "logits_real": real.mean(), "logits_fake": fake.mean()}
+        return weight, g_y, grads, new["batch_stats"], metrics
+
+    @jax.jit
+    def pull(vjp, cotangent):
+        return vjp(cotangent)[0]
+
+    def gradients(params, buffers, lpips, batch, tau, key, step, run=call):
+        latent, image = tau.where == equivariance.LATENT, tau.where == equivariance.IMAGE
+        size, image_size = (tau.height, tau.width), tau.image_size(model.downsampling)
+        static_turns = None if tau.height == tau.width else tau.turns
+        encoding, decoding = split_params(params["autoencoder"])
+        critic = {"params": params.get("discriminator"), "batch_stats": buffers.get("discriminator")}
+
+        x, posterior, pull_encoder = run(encode, encoding, batch["image"], size=image_size if image else None)
+        z, x, kl, pull_tau = run(transform, posterior, x, key, batch["index"], tau.turns, size=size if latent else None,
+                                 image_size=image_size if latent else None, static_turns=static_turns)
+        decoding_grads, critic_grads, dz, stats, metrics = run(decode, decoding, critic, lpips, z, x, step)
+        encoding_grads = run(pull, pull_encoder, run(pull, pull_tau, (dz, kl_weight)))
+
+        grads = {"autoencoder": encoding_grads | decoding_grads}
+        if discriminator:
+            grads["discriminator"], buffers = critic_grads, {"discriminator": stats}
+        metrics |= {"kl": kl, "branch_equivariance": float(latent), "branch_low_resolution": float(image)}
+        return grads, metrics, buffers
+
+    return gradients
