@@ -85,18 +85,18 @@ def quickstart():
     config = paper()
     config.init = "init:quickstart"
     config.model.update(dtype="float32", remat=False)
-    config.data.update(train="photos:train", evaluation="photos:test", image_size=64, batch_per_device=8,
+    config.data.update(train="photos:train", evaluation="photos:test", image_size=64, batch_per_device=8, min_crop=0.3, flip=True,
                        evaluation_batch_size=16, evaluation_limit=0, evaluation_crops=16)
-    config.equivariance.update(sizes=(4, 6, 8, 10, 12, 14))
+    config.equivariance.update(sizes=(4, 8, 12))
     config.loss.update(perceptual_weight=0.0, disc_weight=0.0)  # no downloaded weights; too short for a GAN
     config.optimizer.update(learning_rate=2e-3, b1=0.9, b2=0.99, schedule="cosine", warmup_steps=20, clip_norm=0.0)
-    config.training.update(steps=1200, accumulate=1, log_every=50, eval_every=300, preview_every=0, warm_up=False)
+    config.training.update(steps=1000, accumulate=1, log_every=50, eval_every=300, preview_every=0, warm_up=False)
     config.checkpoint.update(every=500, keep=1, keep_best=0, best_metric="")
     plain = dict(p_equivariance=0.0, p_low_resolution=0.0)
     config.stages = dict(
         before=dict(equivariance=plain),
-        control=dict(init="workdir:{workdir}/before", equivariance=plain, training=dict(steps=800)),
-        eq=dict(init="workdir:{workdir}/before", training=dict(steps=800)),
+        control=dict(init="workdir:{workdir}/before", equivariance=plain, training=dict(steps=600)),
+        eq=dict(init="workdir:{workdir}/before", training=dict(steps=600)),
     )
     return config
 

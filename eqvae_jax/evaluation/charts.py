@@ -12,7 +12,7 @@ from eqvae_jax.evaluation.figures import WIDTH, colors, plain, styled
 
 _HIGHER = ("psnr", "ssim")  # of the evaluation's metrics; the others are errors
 _LOSSES = ("nll", "l1", "lpips")  # of the training metrics; the others have no better or worse
-_BOOKKEEPING = ("step", "split", "seconds", "time", "branch_", "skipped", "learning_rate")
+_BOOKKEEPING = ("step", "split", "branch_", "skipped", "learning_rate")
 
 
 def read_rows(workdir):
@@ -30,7 +30,7 @@ def read_rows(workdir):
 
 
 def curve_keys(runs, limit=9):
-    """The (split, key) pairs worth a panel, evaluation first; keys seen once or never changing are left out.
+    """The (split, key) pairs worth a panel: evaluation first, gradient norms last, nothing that never changes.
 
     runs: dict name -> rows of `read_rows`.
     """
@@ -38,10 +38,12 @@ def curve_keys(runs, limit=9):
     for rows in runs.values():
         for row in rows:
             for key, value in row.items():
-                if not key.startswith(_BOOKKEEPING) and "per_second" not in key and _number(value):
+                if not key.startswith(_BOOKKEEPING) and "second" not in key and _number(value):
                     values.setdefault((row.get("split", "train"), key), []).append(value)
     chosen = [pair for pair, seen in values.items() if len(seen) > 1 and min(seen) != max(seen)]
-    return sorted(chosen, key=lambda pair: pair[0] != "eval")[:limit]
+    # Stable: what is left equal keeps the order of the file.
+    rank = lambda pair: (pair[0] != "eval", "gradient" in pair[1], pair[1] not in _LOSSES)
+    return sorted(chosen, key=rank)[:limit]
 
 
 @styled
@@ -71,7 +73,7 @@ def curves(runs, keys=None):
             marker = "o" if split == "eval" and len(steps) < 30 else None
             axis.plot(steps, values, marker=marker, markersize=2.5, **line)
         axis.set_title(_title(split, key), loc="left")
-        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
         axis.set_xlabel("step")
     for axis in axes[len(keys) :]:
         axis.set_visible(False)

@@ -96,12 +96,17 @@ def test_rows_are_read_without_lines_cut_short(tmp_path):
 
 
 def test_curves_draw_what_changes_and_skip_what_is_not_a_number():
-    always = {"split": "train", "constant": 1.0}
-    train = [{"step": s, "nll": 10.0 / s, "images_per_second": s} | always for s in range(1, 21)]
+    train = [
+        {"step": s, "split": "train", "gradient_norm": s % 3, "kl": s % 4, "nll": 10.0 / s, "constant": 1.0,
+         "images_per_second": s, "compile_seconds": 1 / s}
+        for s in range(1, 21)
+    ]  # fmt: skip
     evaluation = [{"step": s, "split": "eval", "psnr": 20.0 + s} for s in (0, 10, 20)]
     runs = {"plain": train + evaluation, "broken": [{"step": 5, "split": "eval", "psnr": None}], "empty": []}
-    assert charts.curve_keys(runs) == [("eval", "psnr"), ("train", "nll")]
-    figure = charts.curves(runs)
+    assert charts.curve_keys(runs) == [
+        ("eval", "psnr"), ("train", "nll"), ("train", "kl"), ("train", "gradient_norm"),
+    ]  # fmt: skip
+    figure = charts.curves(runs, charts.curve_keys(runs, limit=2))
     psnr, nll = [axis for axis in figure.axes if axis.get_visible()]
     np.testing.assert_array_equal(psnr.lines[0].get_xydata(), [[0, 20], [10, 30], [20, 40]])
     assert psnr.get_title(loc="left") == "psnr, dB (eval)\nhigher is better"

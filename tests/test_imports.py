@@ -1,0 +1,58 @@
+"""Every module imports, and imports run one way: from pixels to numbers, never back."""
+
+import ast
+import importlib
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "eqvae_jax"
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py"))
+
+# Part of the package -> the parts it may import. The doors (main, evaluate, report) wire, and may import all.
+ALLOWED = {
+    "backend": set(),
+    "equivariance": set(),
+    "features": set(),
+    "data": set(),
+    "training": set(),
+    "autoencoders": {"equivariance", "features", "training"},
+    "weights": {"features", "autoencoders", "training"},
+    "evaluation": {"equivariance", "features", "autoencoders", "weights", "data"},
+}
+DOORS = {"main", "evaluate", "report"}
+
+
+def part(module):
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports_of(module):
+    path = PACKAGE.parent / (module.replace(".", "/") + ".py")
+    path = path if path.exists() else PACKAGE.parent / module.replace(".", "/") / "__init__.py"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            if node.module == "eqvae_jax":
+                yield from (f"eqvae_jax.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports(module):
+    importlib.import_module(module)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if part(m) and part(m) not in DOORS])
+def test_imports_run_one_way(module):
+    used = {part(name) for name in imports_of(module) if name.startswith("eqvae_jax.")}
+    assert used <= ALLOWED[part(module)] | {part(module)}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_package_needs_neither_torch_nor_tensorflow(module):
+    roots = {name.split(".")[0] for name in imports_of(module)}
+    assert not roots & {"torch", "torchvision", "diffusers", "tensorflow"}
