@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 
 # jaxlib versions on which the flag was tried. XLA aborts the process on a flag it does not know.
-_FLAG_KNOWN_TO = ("0.10.", "0.11.")
+_FLAG_KNOWN_TO = ("0.10.",)
 # Keeps convolutions off YNNPACK, which runs them on one thread: kernel gradients are up to 7 times faster without.
 _CPU_FLAG = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
 
@@ -31,7 +31,7 @@ def set_cpu_flags():
         os.environ["XLA_FLAGS"] = f"{flags} {_CPU_FLAG}".strip()
 
 
-def _machine() -> str:
+def machine() -> str:
     """Names the kind of processor: code compiled for one can crash on another."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -51,7 +51,7 @@ def use_compilation_cache():
     directory = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if directory is None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        directory = str(Path(home) / "eqvae_jax" / f"xla-{_machine()}")
+        directory = str(Path(home) / "eqvae_jax" / f"xla-{machine()}")
     if not directory:
         return None
     jax.config.update("jax_compilation_cache_dir", directory)

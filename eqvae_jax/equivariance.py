@@ -62,7 +62,7 @@ def draw_tau(seed: int, draw: int, *, sizes, turns=(1, 2, 3), p_equivariance=0.5
         branch was not taken. 0.25 in the released code, 0 in the paper.
       anisotropic: draw height and width independently (equivariance branch only, as released).
     """
-    rng = np.random.default_rng((seed, draw))
+    rng = np.random.default_rng((seed, draw, 2))  # 2: a stream apart from the crops' (data/images.py)
     branch, low_resolution = rng.random(2)
     height, width = (int(size) for size in rng.choice(np.asarray(sizes), size=2))
     turn = int(rng.choice(np.asarray(turns)))
@@ -109,6 +109,18 @@ def apply_tau(x, size=None, turns=0, method="bilinear", antialias=False):
     return quarter_turns(scaled, turns)
 
 
+def relative_error(moved, encoded):
+    """||tau E(x) - E(tau x)||^2 / ||E(tau x)||^2 of each image, (B,), from the two latents (B, h, w, C).
+
+    Raises ValueError if they differ in shape.
+    """
+    if moved.shape != encoded.shape:
+        raise ValueError(f"tau E(x) is {moved.shape} but E(tau x) is {encoded.shape}: the image's side must be a "
+                         "multiple of the autoencoder's downsampling factor, before and after scaling.")
+    squared = lambda z: jnp.sum(jnp.square(z.astype(jnp.float32)), axis=(1, 2, 3))
+    return squared(moved - encoded) / squared(encoded)
+
+
 def error(encode: Callable, x, *, factor: int, size=None, turns=0, method="bilinear", antialias=False):
     """Equivariance error ||tau E(x) - E(tau x)||^2 / ||E(tau x)||^2 of each image, shape (B,).
 
@@ -123,8 +135,4 @@ def error(encode: Callable, x, *, factor: int, size=None, turns=0, method="bilin
     image_size = None if size is None else (size[0] * factor, size[1] * factor)
     moved = apply_tau(encode(x), size, turns, method, antialias)
     encoded = encode(apply_tau(x, image_size, turns, method, antialias))
-    if moved.shape != encoded.shape:
-        raise ValueError(f"tau E(x) is {moved.shape} but E(tau x) is {encoded.shape}: is the image side a multiple of "
-                         f"{factor}?")
-    squared = lambda z: jnp.sum(jnp.square(z.astype(jnp.float32)), axis=(1, 2, 3))
-    return squared(moved - encoded) / squared(encoded)
+    return relative_error(moved, encoded)

@@ -42,7 +42,7 @@ def main(arguments=None):
         document = comparison.compare(models, protocol, (options.measure,), lpips=lpips, **images)
         print(tables.format_table(document))
         provenance.write_json(path, document)
-    except (TooManyBroken, OSError) as error:
+    except (TooManyBroken, ValueError, OSError) as error:
         return _refuse(error)
     print(f"wrote {path}")
     for name, column in document["results"].items():

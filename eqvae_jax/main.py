@@ -23,7 +23,7 @@ FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "What to train: FILE.py or FILE.py:VARIANT.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Directory for checkpoints, metrics.jsonl, event files and reports.")
 
-NEEDS = """{config} needs:
+NEEDS = """This config needs:
 {needs}
 Try it without either, on photographs that ship with the installed packages and on random weights:
   --config.data.train=photos --config.init=init:sd
@@ -55,19 +55,22 @@ def preflight(config):
         elif config.init:
             needs.append(NEEDS_LPIPS)
     if needs:
-        raise ValueError(NEEDS.format(config="This config", needs="\n".join(needs)))
+        raise ValueError(NEEDS.format(needs="\n".join(needs)))
     for name in ("p_equivariance", "p_low_resolution"):
         if not 0 <= config.equivariance[name] <= 1:
             raise ValueError(f"equivariance.{name} is {config.equivariance[name]}; it is a probability, 0 to 1.")
     for name in ("steps", "accumulate"):
         if config.training[name] < 1:
             raise ValueError(f"training.{name} is {config.training[name]}; it must be at least 1.")
+    if config.seed < 0:
+        raise ValueError(f"seed is {config.seed}; it must not be negative.")
+    if config.model.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f'model.dtype is {config.model.dtype!r}; it must be "float32" or "bfloat16".')
 
 
 def train(config, workdir):
     """Trains one config in `workdir`, going on where a former run stopped; returns 0, or 1 if it was interrupted."""
     preflight(config)
-    import jax.numpy as jnp
     from clu import parameter_overview
 
     from eqvae_jax import weights
@@ -76,13 +79,14 @@ def train(config, workdir):
     from eqvae_jax.data.sources import open_source
     from eqvae_jax.training import loop
     from eqvae_jax.training.sharding import make_mesh
+    from eqvae_jax.training.workdir import saved_value
 
-    mesh = make_mesh(config.mesh)
+    mesh, data, accumulate = make_mesh(config.mesh), config.data, config.training.accumulate
     model, params, spec = weights.load_autoencoder(config.init, seed=config.seed)
-    model = model.clone(dtype=jnp.dtype(config.model.dtype), remat=config.model.remat)
-    data = config.data
-    if not data.batch_size:
-        data.batch_size = data.batch_per_device * mesh.size * config.training.accumulate
+    model = model.clone(dtype=config.model.dtype, remat=config.model.remat)
+    if not data.batch_size:  # a run keeps the batch it began with when it goes on with other devices
+        data.batch_size = (saved_value(workdir, "data.batch_size")
+                           or data.batch_per_device * mesh.size * accumulate)
     check(config, model, mesh)
     with config.unlocked():  # what weights.load_autoencoder("workdir:...") rebuilds the model from
         config.autoencoder = dict(
@@ -94,35 +98,55 @@ def train(config, workdir):
     source, held_out = open_source(data.train), open_source(data.evaluation)
     batches = loop.Data(
         train=lambda start: train_batches(
-            source, image_size=data.image_size, batch_size=data.batch_size, seed=config.seed, flip=data.flip,
-            min_crop=data.min_crop, max_crop=data.max_crop, start_step=start, workers=data.workers,
+            source, image_size=data.image_size, batch_size=data.batch_size, seed=config.seed, crop=data.crop,
+            flip=data.flip, min_crop=data.min_crop, max_crop=data.max_crop, start_step=start, workers=data.workers,
             broken_limit=data.broken_limit),
         evaluation=lambda: evaluation_batches(
             held_out, image_size=data.image_size, batch_size=data.evaluation_batch_size,
-            limit=data.evaluation_limit or None, crops=data.evaluation_crops))
-    accumulate, count = config.training.accumulate, parameter_overview.count_parameters(params)
-    print(f"{data.train}: {len(source):,} images. Batch {data.batch_size} = {mesh.size} devices x "
-          f"{data.batch_size // (mesh.size * accumulate)} x accumulation {accumulate}.\n"
-          f"{config.init}: {count:,} parameters, computed in {config.model.dtype}.")
-    task = autoencoder_task(config, model, params, mesh, lpips)
-    state = loop.train(task, batches, config, workdir, mesh)
+            limit=data.evaluation_limit or None, crops=data.evaluation_crops, broken_limit=data.broken_limit))
+    describe(config, model, mesh, len(source), parameter_overview.count_parameters(params))
+    state = loop.train(autoencoder_task(config, model, params, mesh, lpips), batches, config, workdir, mesh)
     return int(int(state.step) < config.training.steps)
+
+
+def describe(config, model, mesh, images, parameters):
+    """Prints, before the first step, the numbers that decide what a run costs and does."""
+    data, accumulate, eq = config.data, config.training.accumulate, config.equivariance
+    print(f"{data.train}: {images:,} images at {data.image_size} pixels. {config.init}: {parameters:,} parameters, "
+          f"computed in {config.model.dtype}.\nBatch {data.batch_size} = {mesh.size} devices x "
+          f"{data.batch_size // (mesh.size * accumulate)} x accumulation {accumulate}.", end=" ")
+    if eq.p_equivariance or eq.p_low_resolution:
+        side = data.image_size // model.downsampling
+        print(f"tau: {len(eq.sizes)} scales from {min(eq.sizes) / side:.3g} to {max(eq.sizes) / side:.3g}, "
+              f"P(equivariance) {eq.p_equivariance}, P(low resolution) "
+              f"{(1 - eq.p_equivariance) * eq.p_low_resolution:.3g}.")
+    else:
+        print("Plain training, without tau.")
+
+
+def stages_of(config, workdir):
+    """The stages of a config as (name, config, workdir), in order; a config without stages is its own only one."""
+    if not config.stages:
+        return [("", config, workdir)]
+    result = []
+    for name, overrides in config.stages.items():
+        stage = ConfigDict(config.to_dict() | {"stages": {}})
+        stage.update(overrides)
+        stage.init = stage.init.replace("{workdir}", str(workdir))
+        result.append((name, stage.lock(), workdir / name))
+    return result
 
 
 def train_stages(config, workdir):
     """Trains config.stages one after another, each in workdir/NAME, and compares them in a table and a report."""
     from eqvae_jax import report
 
-    begun, runs = time.monotonic(), {}
-    for name, overrides in config.stages.items():
-        stage = ConfigDict(config.to_dict() | {"stages": {}})
-        stage.update(overrides)
-        stage.init = stage.init.format(workdir=workdir)
-        stage.lock()
-        print(f"\n== {name} ({len(runs) + 1} of {len(config.stages)})")
-        runs[name] = Path(workdir) / name
-        if train(stage, runs[name]):
+    begun, stages = time.monotonic(), stages_of(config, workdir)
+    for number, (name, stage, directory) in enumerate(stages, start=1):
+        print(f"\n== {name} ({number} of {len(stages)})")
+        if train(stage, directory):
             return 1
+    runs = {name: directory for name, _, directory in stages}
     print("\n== comparison on held-out images")
     data = config.data
     document = report.compare(runs, images=data.evaluation, output=workdir, image_size=data.image_size,
@@ -137,13 +161,19 @@ def train_stages(config, workdir):
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}; every option is a --flag=value.")
-    from eqvae_jax.backend import use_compilation_cache
-
-    use_compilation_cache()
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax, fontTools and others say a line at every turn
-    config, workdir = FLAGS.config, str(Path(FLAGS.workdir).expanduser())
     try:
+        # resolve(): a relative path would name another place when the same command is given elsewhere.
+        if "://" in FLAGS.workdir:
+            raise ValueError(f"the workdir {FLAGS.workdir} is an address; mount the bucket as a directory "
+                             "(gcsfuse) and name that.")
+        config, workdir = FLAGS.config, Path(FLAGS.workdir).expanduser().resolve()
+        for _, stage, _ in stages_of(config, workdir):
+            preflight(stage)
+        from eqvae_jax.backend import use_compilation_cache
+
+        use_compilation_cache()
         return train_stages(config, workdir) if config.stages else train(config, workdir)
     except (ValueError, OSError, RuntimeError) as error:
         if FLAGS.verbosity > 0:

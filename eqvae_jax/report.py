@@ -18,6 +18,7 @@ from eqvae_jax.backend import use_compilation_cache
 from eqvae_jax.data.images import TooManyBroken
 from eqvae_jax.evaluation import charts, comparison, figures, page, provenance, reconstruction
 from eqvae_jax.evaluation.tables import format_table, verdict
+from eqvae_jax.training.checkpoint import saved_steps
 from eqvae_jax.training.workdir import differences
 
 TRANSFORMED_IMAGES = 2  # how many of the shown images get a grid of transforms of their own
@@ -107,7 +108,7 @@ def compare(
     )
     document["runs"] = {}
     for name, workdir in runs.items():
-        step = max((row["step"] for row in histories[name]), default=None)
+        step = saved_steps(workdir)[-1]
         document["runs"][name] = {"workdir": str(workdir), "step": step, "config": configs[name]}
     write(document, _exhibits(models, batches, protocol, min(shown, batch_size)), histories, output)
     return document

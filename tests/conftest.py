@@ -7,16 +7,19 @@ import pathlib
 import sys
 import tempfile
 
+from eqvae_jax.backend import machine
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling dominates these tests, and LLVM's optimiser dominates compiling; tiny programs run as fast without it.
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1".strip()
 # Compiled programs are kept between runs; they are made for one kind of processor, so machines must not share them.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / "eqvae_jax_tests_cache"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(
+    pathlib.Path(tempfile.gettempdir()) / f"eqvae_jax_tests-{os.getuid()}-{machine()}"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
-import numpy as np
-import pytest
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -3,16 +3,19 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from ml_collections import ConfigDict
 
 from eqvae_jax import main
-from eqvae_jax.training.checkpoint import load_params
+from eqvae_jax.training.checkpoint import load_params, saved_steps
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "configs"))
@@ -22,8 +25,8 @@ import eq_sdvae  # noqa: E402
 def command(*arguments):
     """Runs the command; returns (exit status, what it printed, seconds)."""
     begun = time.monotonic()
-    ended = subprocess.run([sys.executable, "-m", "eqvae_jax.main", *arguments], cwd=ROOT, capture_output=True, text=True,
-                           env=os.environ | {"PYTHONPATH": str(ROOT)})
+    ended = subprocess.run([sys.executable, "-m", "eqvae_jax.main", *arguments], cwd=ROOT, capture_output=True,
+                           text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     return ended.returncode, ended.stdout + ended.stderr, time.monotonic() - begun
 
 
@@ -32,6 +35,14 @@ def single(steps=4):
     config = eq_sdvae.get_config("smoke")
     config.stages = {}
     config.training.steps = steps
+    return config
+
+
+def adversarial(steps):
+    """The smoke variant with everything that has state: two networks, an average, accumulation."""
+    config = single(steps)
+    config.loss.update(disc_weight=0.5, disc_layers=1, disc_width=4)
+    config.ema_decay, config.training.accumulate, config.checkpoint.every = 0.9, 2, 4
     return config
 
 
@@ -55,7 +66,8 @@ def test_a_mistyped_flag_is_named(tmp_path, flag, message):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda c: c.loss.update(perceptual_weight=1.0), None),
+    (lambda c: (c.update(init="ldm:file.ckpt"), c.loss.update(perceptual_weight=1.0)), "--config.loss.lpips_weights"),
+    (lambda c: c.data.update(evaluation_batch_size=0), "evaluation_batch_size|batch_size"),
     (lambda c: c.update(init="workdir:nowhere"), "nowhere"),
     (lambda c: c.update(init="init:larger"), "no such preset"),
     (lambda c: c.data.update(train="folder:nowhere"), "nowhere"),
@@ -67,19 +79,16 @@ def test_a_mistyped_flag_is_named(tmp_path, flag, message):
 def test_what_cannot_work_is_refused_before_anything_is_compiled(tmp_path, monkeypatch, change, message):
     config = single()
     change(config)
-    monkeypatch.setattr("eqvae_jax.training.loop.train", lambda *_: pytest.fail("training began") if message else FakeState())
-    if message is None:  # random weights: the perceptual loss is off, and that is recorded
-        main.train(config, tmp_path)
-        assert config.loss.perceptual_weight == 0.0
-        config = single()
-        config.loss.perceptual_weight, config.init = 1.0, "ldm:file.ckpt"
-        message = "--config.loss.lpips_weights"
+    monkeypatch.setattr("eqvae_jax.training.loop.train", lambda *_: pytest.fail("training began"))
     with pytest.raises((ValueError, OSError, RuntimeError), match=message):
         main.train(config, tmp_path)
 
 
-class FakeState:
-    step = 10**9
+def test_random_weights_do_without_the_perceptual_loss_and_record_it():
+    config = single()
+    config.loss.perceptual_weight = 1.0
+    main.preflight(config)
+    assert config.loss.perceptual_weight == 0.0
 
 
 @pytest.fixture(scope="module")
@@ -111,63 +120,76 @@ def test_fine_tuning_starts_from_the_stage_before(smoke):
 
 
 def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path):
+    """Killed with -9 after step 4 was saved; then parameters, optimizers, statistics and metrics agree to the bit."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    main.train(single(6), whole)
-    flags = ["--config=configs/eq_sdvae.py:smoke", f"--workdir={parts}", "--config.checkpoint.every=4",
-             "--config.training.steps=1000000"]
-    code = ("import sys; sys.path.insert(0, 'configs'); import eq_sdvae; from eqvae_jax import main; "
-            "c = eq_sdvae.get_config('smoke'); c.stages = {}; c.training.steps = 10**6; c.checkpoint.every = 4; "
-            f"main.train(c, {str(parts)!r})")
+    main.train(adversarial(6), whole)
+    code = ("import sys; sys.path[:0] = ['tests', 'configs']; from test_main import adversarial, main; "
+            f"config = adversarial(1000); config.checkpoint.keep = 1000; main.train(config, {str(parts)!r})")
     victim = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    while not (parts / "checkpoints" / "4").is_dir() and victim.poll() is None:
+    while not saved_steps(parts) and victim.poll() is None:
         time.sleep(0.02)
     victim.kill()
     victim.wait()
-    for later in (parts / "checkpoints").glob("[0-9]*"):
-        if later.name.isdigit() and int(later.name) > 4:  # it may have been quick: go on from 4 all the same
-            __import__("shutil").rmtree(later)
-    main.train(single(6), parts)
-    states = [load_params(workdir, "params")[0] for workdir in (whole, parts)]
+    for later in saved_steps(parts)[1:]:  # it may have been quick: step 4 is where to go on from
+        shutil.rmtree(parts / "checkpoints" / str(later))
+    assert saved_steps(parts) == [4]
+
+    config = adversarial(6)
+    config.checkpoint.keep = 1000
+    main.train(config, parts)
+    assert saved_steps(parts) == [4, 6]
+    states = []
+    for workdir in (whole, parts):
+        with ocp.CheckpointManager(workdir / "checkpoints", item_names=("state", "config")) as manager:
+            states.append(manager.restore(6, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"])
+    assert {"params", "opt_state", "buffers"} <= set(states[0])
     jax.tree.map(np.testing.assert_array_equal, *states)
-    rows = [[{k: v for k, v in json.loads(line).items() if "second" not in k} for line in
-             (workdir / "metrics.jsonl").read_text().splitlines()] for workdir in (whole, parts)]
-    assert rows[0] == rows[1] and len(flags) == 4
+    rows = [[{name: value for name, value in json.loads(line).items() if "second" not in name}
+             for line in (workdir / "metrics.jsonl").read_text().splitlines()] for workdir in (whole, parts)]
+    assert rows[0] == rows[1] and rows[0][-1]["step"] == 6
 
 
 def test_every_config_field_is_read(tmp_path, monkeypatch):
     """A field that nothing reads would be a promise the program does not keep."""
-    from ml_collections import ConfigDict
-
-    config = single(2)
-    config.loss.update(disc_weight=0.5, disc_layers=1, disc_width=4)
-    read, names = set(), {}
-
-    def walk(section, prefix):
-        names[id(section)] = prefix
-        for key in section:
-            value = dict.__getitem__(section._fields, key)
-            if isinstance(value, ConfigDict):
-                walk(value, f"{prefix}{key}.")
-
-    walk(config, "")
+    config = adversarial(2)
+    with config.unlocked():
+        config.loss.ignored = 1.0
+    read, names = set(), {id(config): ""}
+    names |= {id(section): f"{name}." for name, section in config.items() if isinstance(section, ConfigDict)}
+    leaves = {prefix + key for prefix in names.values() for key in (config[prefix[:-1]] if prefix else config)}
     original = ConfigDict.__getitem__
 
     def recording(self, key):
-        if id(self) in names:
-            read.add(names[id(self)] + str(key))
+        read.add(names.get(id(self), "elsewhere.") + str(key))
         return original(self, key)
 
+    # The config is also written out whole, which reads every field and uses none.
+    for module in ("workdir", "checkpoint"):
+        monkeypatch.setattr(f"eqvae_jax.training.{module}.resolved",
+                            lambda config: {"optimizer": {"schedule": config.optimizer.schedule}})
+    # `dict(config.equivariance)` reads every field; draw_tau takes them by name and refuses what it does not know.
     monkeypatch.setattr(ConfigDict, "__getitem__", recording)
-    # Written out for the record: not a reader.
-    monkeypatch.setattr("eqvae_jax.training.workdir.resolved", lambda config: {})
     main.train(config, tmp_path)
     monkeypatch.undo()
-    leaves = {prefix + key for section_id, prefix in names.items() for key in _keys(config, prefix)}
-    unread = {leaf for leaf in leaves if leaf not in read} - {"stages", "autoencoder"}
-    assert not unread, sorted(unread)
+    assert leaves - read == {"loss.ignored", "stages"}  # stages is read by main() itself
 
 
-def _keys(config, prefix):
-    for name in prefix.split(".")[:-1]:
-        config = config[name]
-    return list(config.keys())
+def test_the_batch_of_a_run_outlives_a_change_of_devices(tmp_path):
+    config = single(1)
+    config.data.batch_size, config.training.accumulate = 4, 2
+    main.train(config, tmp_path)
+    config = single(2)
+    config.training.accumulate = 2
+    assert config.data.batch_size == 0 and config.data.batch_per_device * 2 == 4
+    config.data.batch_per_device = 2
+    main.train(config, tmp_path)
+    assert config.data.batch_size == 4
+
+
+def test_a_workdir_of_another_config_is_left_alone(tmp_path):
+    main.train(single(1), tmp_path)
+    config = single(2)
+    config.loss.kl_weight = 0.5
+    with pytest.raises(ValueError, match="loss.kl_weight: was 1e-06 -> now 0.5"):
+        main.train(config, tmp_path)
+    assert saved_steps(tmp_path) == [1]

@@ -1,19 +1,13 @@
 """PatchGAN: scores overlapping 70 x 70 patches of an image as real or reconstructed."""
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from eqvae_jax.autoencoders.blocks import bias_init
+
 KERNEL = 4
 PADDING = ((1, 1), (1, 1))
-
-
-def torch_bias_init(fan_in: int):
-    """torch's default for convolution biases, U(-1/sqrt(fan_in), 1/sqrt(fan_in)); pix2pix re-draws kernels only."""
-    bound = 1.0 / math.sqrt(fan_in)
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def around_one(key, shape, dtype=jnp.float32):
@@ -79,7 +73,7 @@ class PatchDiscriminator(nn.Module):
         def conv(name, x, features, stride, bias):
             return nn.Conv(
                 features, (KERNEL, KERNEL), (stride, stride), PADDING, use_bias=bias, dtype=self.dtype, name=name,
-                kernel_init=nn.initializers.normal(0.02), bias_init=torch_bias_init(KERNEL * KERNEL * x.shape[-1]),
+                kernel_init=nn.initializers.normal(0.02), bias_init=bias_init(KERNEL * KERNEL * x.shape[-1]),
             )(x)
 
         x = conv("conv_0", x.astype(self.dtype), self.width, 2, bias=True)       # B H/2 W/2 width

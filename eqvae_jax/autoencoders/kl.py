@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from eqvae_jax.autoencoders.blocks import AttentionBlock, GroupNorm, ResnetBlock, Upsample, conv
+from eqvae_jax.autoencoders.blocks import AttentionBlock, GroupNorm, ResnetBlock, Upsample, bias_init, conv, kernel_init
 
 # Architectures by name: `init:NAME` builds one with random weights.
 PRESETS = {
     "sd": dict(channels=128, multipliers=(1, 2, 4, 4), blocks_per_level=2, latent_channels=4),
-    "quickstart": dict(channels=16, multipliers=(1, 2, 4), blocks_per_level=1, latent_channels=4, groups=8),
+    "quickstart": dict(channels=16, multipliers=(1, 2, 4), blocks_per_level=1, latent_channels=8, groups=8),
     "smoke": dict(channels=8, multipliers=(1, 2), blocks_per_level=1, latent_channels=4, groups=4),
 }
 
@@ -152,8 +152,9 @@ class AutoencoderKL(nn.Module):
         self.encoder = Encoder(out_channels=2 * self.latent_channels, **common)
         self.decoder = Decoder(out_channels=3, **common)
         if self.quant:
-            self.quant_conv = nn.Conv(2 * self.latent_channels, (1, 1), dtype=self.dtype)
-            self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), dtype=self.dtype)
+            pointwise = lambda features: nn.Conv(features, (1, 1), dtype=self.dtype, kernel_init=kernel_init,
+                                                 bias_init=bias_init(features))
+            self.quant_conv, self.post_quant_conv = pointwise(2 * self.latent_channels), pointwise(self.latent_channels)
 
     def encode(self, x) -> Posterior:
         """(B, H, W, 3) in [-1, 1] -> posterior over (B, H / f, W / f, latent_channels), unscaled."""

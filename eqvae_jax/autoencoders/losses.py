@@ -40,12 +40,6 @@ def hinge_discriminator_loss(logits_real, logits_fake):
     return 0.5 * (nn.relu(1.0 - real).mean() + nn.relu(1.0 + fake).mean())
 
 
-def vanilla_discriminator_loss(logits_real, logits_fake):
-    """(E[softplus(-D(x))] + E[softplus(D(y))]) / 2: the loss of the first GANs, as a difference of logits."""
-    real, fake = logits_real.astype(jnp.float32), logits_fake.astype(jnp.float32)
-    return 0.5 * (nn.softplus(-real).mean() + nn.softplus(fake).mean())
-
-
 def adaptive_weight(nll_kernel_grad, gan_kernel_grad, maximum=1e4):
     """|nll's gradient| / (|generator's gradient| + 1e-4) at the decoder's last kernel, in [0, maximum], as a constant.
 

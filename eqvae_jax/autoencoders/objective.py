@@ -109,12 +109,14 @@ def eq_gradients(config, model):
 
     def adversary(critic, decoding, features, x, y, nll_y):
         """Both sides of the GAN from one pass over the real and one over the reconstructed images."""
-        def judge(params, image):  # separate calls: batch statistics of real and fake must not mix
-            return discriminator.apply({"params": params, "batch_stats": critic["batch_stats"]}, image, train=True,
+        def judge(params, image, running):  # separate calls: batch statistics of real and fake must not mix
+            return discriminator.apply({"params": params, "batch_stats": running}, image, train=True,
                                        mutable=["batch_stats"])
 
-        fake, pull_fake, _ = jax.vjp(judge, critic["params"], y, has_aux=True)
-        real, pull_real, new = jax.vjp(lambda p: judge(p, x), critic["params"], has_aux=True)
+        judge_fake = lambda params, y: judge(params, y, critic["batch_stats"])
+        fake, pull_fake, new = jax.vjp(judge_fake, critic["params"], y, has_aux=True)
+        judge_real = lambda params: judge(params, x, new["batch_stats"])
+        real, pull_real, new = jax.vjp(judge_real, critic["params"], has_aux=True)
         g, g_logits = jax.value_and_grad(losses.generator_loss)(fake)
         g_y = pull_fake(g_logits)[1]
 
@@ -142,7 +144,8 @@ def eq_gradients(config, model):
         encoding, decoding = split_params(params["autoencoder"])
         critic = {"params": params.get("discriminator"), "batch_stats": buffers.get("discriminator")}
 
-        x, posterior, pull_encoder = run(encode, encoding, batch["image"], size=image_size if image else None)
+        shrunk = image_size if image and image_size != batch["image"].shape[1:3] else None
+        x, posterior, pull_encoder = run(encode, encoding, batch["image"], size=shrunk)
         z, x, kl, pull_tau = run(transform, posterior, x, key, batch["index"], tau.turns, size=size if latent else None,
                                  image_size=image_size if latent else None, static_turns=static_turns)
         decoding_grads, critic_grads, dz, stats, metrics = run(decode, decoding, critic, lpips, z, x, step)

@@ -18,8 +18,9 @@ from eqvae_jax.training.state import TrainState
 def check(config, model, mesh):
     """Raises ValueError, naming the config's field, where sizes do not fit together; before anything is compiled."""
     factor, side, sizes = model.downsampling, config.data.image_size, config.equivariance.sizes
-    if side % factor:
-        raise ValueError(f"data.image_size is {side}; this autoencoder needs a multiple of {factor}.")
+    if side % factor or side < 2 * factor:
+        raise ValueError(f"data.image_size is {side}; this autoencoder needs a multiple of {factor}, at least "
+                         f"{2 * factor}.")
     if not sizes or min(sizes) < 1 or max(sizes) > side // factor:
         raise ValueError(f"equivariance.sizes is {tuple(sizes)}; it must name latent sides of 1 to {side // factor} "
                          f"({side} pixels / {factor}).")
@@ -32,6 +33,9 @@ def check(config, model, mesh):
     if config.data.batch_size % micro:
         raise ValueError(f"data.batch_size is {config.data.batch_size}; it must be a multiple of {mesh.size} devices x "
                          f"training.accumulate {config.training.accumulate} = {micro}.")
+    if config.data.evaluation_batch_size % mesh.size:
+        raise ValueError(f"data.evaluation_batch_size is {config.data.evaluation_batch_size}; it must be a multiple "
+                         f"of the {mesh.size} devices.")
     uses_tau = config.equivariance.p_equivariance or config.equivariance.p_low_resolution
     smallest = (min(sizes) if uses_tau else side // factor) * factor
     for used, needed, name in ((config.loss.disc_weight, 3 * 2**config.loss.disc_layers, "the discriminator"),
@@ -66,7 +70,7 @@ def autoencoder_task(config, model, params, mesh, lpips=None) -> Task:
         params = {"autoencoder": jax.tree.map(jnp.asarray, params)}
         buffers = {}
         if discriminator:
-            image = jnp.zeros((1, 64, 64, 3))
+            image = jnp.zeros((1, config.data.image_size, config.data.image_size, 3))
             variables = discriminator.init(key, image, train=True)
             params["discriminator"], buffers["discriminator"] = variables["params"], variables["batch_stats"]
         opt_state = {role: optimizer.init(weights) for role, weights in params.items()}
@@ -97,10 +101,11 @@ def autoencoder_task(config, model, params, mesh, lpips=None) -> Task:
         ema = state.ema and {role: ema_update(old, params[role], config.ema_decay) for role, old in state.ema.items()}
         new = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, buffers=buffers)
         metrics |= {f"gradient_norm_{role}": norm for role, norm in norms.items()}
-        return guarded(finite, new, state), metrics | {"learning_rate": schedule(state.step)}
+        return guarded(finite, new, state), metrics | {"learning_rate": schedule(state.step - state.skipped)}
 
     def train_step(state, batch, step):
         total, buffers = None, state.buffers
+        batch = {name: batch[name] for name in ("image", "index")}
         for micro in range(accumulate):
             examples = batch if accumulate == 1 else take(batch, micro)
             number = step * accumulate + micro

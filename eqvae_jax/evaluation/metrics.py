@@ -89,21 +89,6 @@ def ssim(x, y, data_range=2.0):
     return jnp.mean(luminance * structure, axis=(1, 2, 3))
 
 
-def latent_error(moved, encoded):
-    """||tau E(x) - E(tau x)||^2 / ||E(tau x)||^2 of each image, (B,), from the two latents (B, h, w, C).
-
-    The summand of the paper's R(theta) and S(s) (appendix C.3). Latents are raw: a scale factor cancels, a
-    shift does not.
-
-    Raises:
-      ValueError: the two differ in shape.
-    """
-    if moved.shape != encoded.shape:
-        raise ValueError(f"tau E(x) is {moved.shape} but E(tau x) is {encoded.shape}.")
-    moved, encoded = moved.astype(jnp.float32), encoded.astype(jnp.float32)
-    return jnp.sum(jnp.square(moved - encoded), (1, 2, 3)) / jnp.sum(jnp.square(encoded), (1, 2, 3))
-
-
 class Means:
     """Averages of per-image values over batches; sums and counts travel together, in float64 on the host."""
 

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from eqvae_jax import equivariance
+from eqvae_jax.autoencoders.objective import to_float
 from eqvae_jax.evaluation import metrics
 from eqvae_jax.features.lpips import lpips as lpips_distance
 
@@ -97,11 +98,6 @@ def transforms(latent, factor, turns=PAPER_TURNS, scales=PAPER_SCALES):
     return chosen
 
 
-@jax.jit
-def _to_float(image):
-    return image.astype(jnp.float32) / 127.5 - 1
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(encode, params, x, key, number):
     """x (B,H,W,3) -> {"mode", "sample"} (B,h,w,C); an image's noise comes from `key` and its `number`."""
@@ -143,8 +139,8 @@ def _equivariance_scores(transform, target, moved, encoded, decoded, floor, uint
     target, decoded, floor = (metrics.as_displayed(image, uint8) for image in (target, decoded, floor))
     family, label = transform.family, transform.label
     return {
-        f"{family}/{label}": metrics.latent_error(moved["mode"], encoded["mode"]),
-        f"{family}_sample/{label}": metrics.latent_error(moved["sample"], encoded["sample"]),
+        f"{family}/{label}": equivariance.relative_error(moved["mode"], encoded["mode"]),
+        f"{family}_sample/{label}": equivariance.relative_error(moved["sample"], encoded["sample"]),
         f"pixel_l1/{label}": metrics.l1(decoded, target),
         f"pixel_psnr/{label}": metrics.psnr(decoded, target),
         f"floor_l1/{label}": metrics.l1(floor, target),
@@ -270,4 +266,4 @@ def _placed(batches, params, progress, name):
             placed = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         number = np.arange(step * rows, (step + 1) * rows, dtype=np.int32)
         image, number = jax.device_put((batch["image"], number), NamedSharding(mesh, PartitionSpec("data")))
-        yield _to_float(image), number, batch.get("mask"), placed
+        yield to_float(image), number, batch.get("mask"), placed

@@ -84,9 +84,9 @@ class Checkpoints:
         self._saving = step
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(self._config))
         with self._failures_explained():
-            # Orbax answers an existing or older step with False and nothing else.
-            if not self._manager.save(step, args=items, metrics=ranked):
-                raise ValueError(f"step {self._manager.latest_step()} is already there")
+            saved = self._manager.save(step, args=items, metrics=ranked)
+        if not saved:  # all that Orbax says of an existing or older step
+            raise ValueError(f"cannot save step {step}: step {self._manager.latest_step()} is already there")
 
     def wait(self):
         """Returns when everything is on disk; raises SaveError where it could not be written."""

@@ -63,8 +63,9 @@ def prepare(workdir, config, started):
                                        "name a directory you may write with --workdir") from None
     config, file = resolved(config), path / "config.json"
     if started and file.exists():
+        decays = config["optimizer"]["schedule"] != "constant"  # then the learning rate of every step depends on steps
         changed = [line for line in differences(json.loads(file.read_text()), config)
-                   if not may_change(line[0])]
+                   if not may_change(line[0]) or decays and line[0] == "training.steps"]
         if changed:
             lines = "\n".join(f"  {name}: was {old!r} -> now {new!r}" for name, old, new in changed)
             raise ValueError(f"the workdir {path} belongs to a run with another config:\n{lines}\n"
@@ -74,6 +75,12 @@ def prepare(workdir, config, started):
         partial.write_text(json.dumps(config, indent=2) + "\n")
         os.replace(partial, file)
     return path
+
+
+def saved_value(workdir, name):
+    """Returns the leaf `name` ("section.field") of the config.json in `workdir`, or None where there is none."""
+    file = local_path(workdir) / "config.json"
+    return _leaves(json.loads(file.read_text())).get(name) if file.exists() else None
 
 
 def local_path(workdir):

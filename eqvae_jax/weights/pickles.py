@@ -81,7 +81,10 @@ def run(operations, builders, load_persistent):
             raise WeightsError("malformed pickle (arguments are not a tuple)")
         if isinstance(function, Name) and str(function) in builders:
             return builders[str(function)](*arguments)
-        return Placeholder(function.of if isinstance(function, Placeholder) else str(function))
+        # Never str() of anything else: text of a list that holds itself many times over could fill the memory.
+        if isinstance(function, Placeholder):
+            return Placeholder(function.of)
+        return Placeholder(str(function) if isinstance(function, Name) else type(function).__name__)
 
     for operation, argument, _ in operations:
         op = operation.name

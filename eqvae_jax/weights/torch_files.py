@@ -137,7 +137,7 @@ def read_legacy(data):
         raise WeightsError("not a file that torch.save wrote: neither its zip archive nor its legacy stream")
     protocol, machine = plain(), plain()
     if protocol != LEGACY_PROTOCOL:
-        raise WeightsError(f"legacy protocol {protocol!r}; only {LEGACY_PROTOCOL} is known")
+        raise WeightsError(f"another legacy protocol than {LEGACY_PROTOCOL}, the only one known")
     if not isinstance(machine, dict) or machine.get("little_endian") is not True:
         raise WeightsError("written on a big-endian machine; save it again on another")
 
@@ -150,10 +150,10 @@ def read_legacy(data):
 
     read_pickle(data, BUILDERS, note)
     keys = plain()
-    if not isinstance(keys, list) or set(map(str, keys)) != set(storages) or len(keys) != len(storages):
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(storages):
         raise WeightsError("the list of storages is not that of the object; the file is damaged")
     position = data.tell()
-    for key in map(str, keys):
+    for key in keys:
         storage = storages[key]
         end = position + 8 + storage.size * storage.dtype.itemsize
         if end > len(data):
@@ -174,7 +174,7 @@ def storage_header(identifier):
         raise WeightsError("a persistent identifier that is not torch's")
     storage_type, key, _, size = rest[:4]
     if not isinstance(storage_type, Name) or str(storage_type) not in STORAGES:
-        raise WeightsError(f"a storage of kind {storage_type}, which is none of {', '.join(STORAGES)}")
+        raise WeightsError(f"a storage of an unknown kind, none of {', '.join(STORAGES)}")
     if not isinstance(key, str) or type(size) is not int or size < 0:
         raise WeightsError("a storage whose key is not text or whose size is not a number")
     if rest[4:] not in ([], [None]):
@@ -207,7 +207,7 @@ def build_dict(items=()):
 
 def build_bytes(text="", encoding="latin1"):
     if not isinstance(text, str) or encoding != "latin1":
-        raise WeightsError(f"bytes in the encoding {encoding!r}")
+        raise WeightsError("bytes in an encoding other than latin1")
     return text.encode("latin1")
 
 

@@ -38,9 +38,7 @@ def test_adversarial_losses_match_torch(torch, rng):
     real, fake = rng.normal(0.3, 1.5, (2, 2, 3, 4, 1)).astype(np.float32)
     t_real, t_fake = torch.tensor(real), torch.tensor(fake)
     hinge = 0.5 * (torch.relu(1 - t_real).mean() + torch.relu(1 + t_fake).mean())
-    vanilla = 0.5 * (torch.nn.functional.softplus(-t_real).mean() + torch.nn.functional.softplus(t_fake).mean())
     np.testing.assert_allclose(losses.hinge_discriminator_loss(real, fake), hinge.item(), rtol=1e-6)
-    np.testing.assert_allclose(losses.vanilla_discriminator_loss(real, fake), vanilla.item(), rtol=1e-6)
     np.testing.assert_allclose(losses.generator_loss(jnp.asarray(fake)), -fake.mean(), rtol=1e-5)
 
 

@@ -70,10 +70,10 @@ def test_latent_error_is_the_error_of_equivariance(rng):
 
     moved, encoded = equivariance.apply_tau(encode(x), turns=1), encode(equivariance.apply_tau(x, turns=1))
     np.testing.assert_allclose(
-        metrics.latent_error(moved, encoded), equivariance.error(encode, x, factor=2, turns=1), rtol=1e-6
+        equivariance.relative_error(moved, encoded), equivariance.error(encode, x, factor=2, turns=1), rtol=1e-6
     )
     with pytest.raises(ValueError, match="tau E"):
-        metrics.latent_error(moved, encoded[:, :2])
+        equivariance.relative_error(moved, encoded[:, :2])
 
 
 def test_means_ignore_padding_and_weigh_images_not_batches():
