@@ -97,7 +97,8 @@ def main():
     best = {name: min(values) for name, values in seconds.items()}
     reference = min(best["torch"], best["torch, channels last"])
     print(f"AutoencoderKL, {arguments.channels} channels, {arguments.image_size}^2, batch {arguments.batch}, float32, "
-          f"{os.cpu_count()} threads; jax {jax.__version__}, torch {torch.__version__}; minimum of {arguments.rounds} rounds")
+          f"{os.cpu_count()} threads; jax {jax.__version__}, torch {torch.__version__}; "
+          f"minimum of {arguments.rounds} rounds")
     print(f"{'program':24}{'seconds':>10}{'of full size':>14}{'torch / ours':>14}")
     # The released mix of branches: 3/8 plain steps, 1/2 with tau on the latent, 1/8 with the image shrunk first.
     latents = [best[name] for name in best if name.startswith("latent")]

@@ -92,13 +92,13 @@ def quickstart():
     config.equivariance.update(sizes=(3, 5, 8, 12))  # of 12: s = 0.25, 0.42, 0.67 and turning alone
     config.loss.update(perceptual_weight=0.0, disc_weight=0.0)  # no downloaded weights; too short for a GAN
     config.optimizer.update(learning_rate=2e-3, b1=0.9, b2=0.99, schedule="cosine", warmup_steps=20, clip_norm=0.0)
-    config.training.update(steps=800, accumulate=1, log_every=50, eval_every=300, preview_every=0, warm_up=False)
+    config.training.update(steps=700, accumulate=1, log_every=50, eval_every=200, preview_every=0, warm_up=False)
     config.checkpoint.update(every=500, keep=1, keep_best=0, best_metric="")
     plain = dict(p_equivariance=0.0, p_low_resolution=0.0)
     config.stages = dict(
         before=dict(equivariance=plain),
-        control=dict(init="workdir:{workdir}/before", equivariance=plain, training=dict(steps=600)),
-        eq=dict(init="workdir:{workdir}/before", training=dict(steps=600)),
+        control=dict(init="workdir:{workdir}/before", equivariance=plain, training=dict(steps=400)),
+        eq=dict(init="workdir:{workdir}/before", training=dict(steps=400)),
     )
     return config
 

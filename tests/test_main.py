@@ -152,6 +152,8 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path):
 def test_every_config_field_is_read(tmp_path, monkeypatch):
     """A field that nothing reads would be a promise the program does not keep."""
     config = adversarial(2)
+    config.loss.perceptual_weight = 1.0  # with random weights: looks for loss.lpips_weights, and does without
+    config.checkpoint.update(best_metric="psnr", keep_best=1)
     with config.unlocked():
         config.loss.ignored = 1.0
     read, names = set(), {id(config): ""}

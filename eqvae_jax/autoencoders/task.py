@@ -33,7 +33,7 @@ def check(config, model, mesh):
     if config.data.batch_size % micro:
         raise ValueError(f"data.batch_size is {config.data.batch_size}; it must be a multiple of {mesh.size} devices x "
                          f"training.accumulate {config.training.accumulate} = {micro}.")
-    if config.data.evaluation_batch_size % mesh.size:
+    if config.data.evaluation_batch_size < 1 or config.data.evaluation_batch_size % mesh.size:
         raise ValueError(f"data.evaluation_batch_size is {config.data.evaluation_batch_size}; it must be a multiple "
                          f"of the {mesh.size} devices.")
     uses_tau = config.equivariance.p_equivariance or config.equivariance.p_low_resolution

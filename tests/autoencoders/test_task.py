@@ -34,7 +34,7 @@ def small_config(**changes):
                   disc_layers=1, logvar=0.0),
         equivariance=dict(sizes=(6,), turns=(1, 2, 3), p_equivariance=0.5, p_low_resolution=0.5, anisotropic=False,
                           method="bilinear", antialias=False),
-        data=dict(image_size=16, batch_size=4)))
+        data=dict(image_size=16, batch_size=4, evaluation_batch_size=4)))
     for name, value in changes.items():
         section, _, field = name.partition("__")
         config[section][field] = value
@@ -168,10 +168,10 @@ def test_one_large_program_for_each_size_and_none_for_turns(params):
     assert ledger.names["jit(decode)"] == 3
 
 
-def test_warm_up_leaves_nothing_to_compile(params):
-    config = small_config()
-    task, state, place = start(config, params)
-    batch = place(batch_of(4))
+@pytest.mark.parametrize("change", [{}, dict(training__accumulate=2, loss__disc_weight=0.5)])
+def test_warm_up_leaves_nothing_to_compile(params, change):
+    task, state, place = start(small_config(**change), params)
+    batch = place(batch_of(4) | {"label": np.zeros(4, np.int32)})
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), (state, batch))
     names = []
     for name, compile_one in task.warm_up(*shapes):
@@ -180,7 +180,7 @@ def test_warm_up_leaves_nothing_to_compile(params):
     with CompileLedger() as ledger:
         for step in range(8):
             state, _ = task.train_step(state, batch, step)
-    assert len(names) == 3 and set(ledger.names) <= {"jit(update)"}
+    assert len(names) == 3 and set(ledger.names) <= {"jit(update)", "jit(add)"}
 
 
 def test_accumulated_gradients_are_the_mean_over_micro_batches(params):
@@ -232,6 +232,8 @@ def test_evaluation_gives_the_papers_errors_for_each_image(params):
 
 @pytest.mark.parametrize("change, message", [
     (dict(data__image_size=17), "multiple of 2"),
+    (dict(data__image_size=2), "at least 4"),
+    (dict(data__evaluation_batch_size=0), "evaluation_batch_size"),
     (dict(equivariance__sizes=(4, 9)), "latent sides of 1 to 8"),
     (dict(equivariance__sizes=()), "latent sides"),
     (dict(equivariance__turns=(4,)), "quarter turns"),

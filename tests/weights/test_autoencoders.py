@@ -220,6 +220,15 @@ def test_the_presets_have_the_parameters_of_the_paper():
     assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == 83_653_863
 
 
+def test_init_begins_with_idle_residual_branches_and_a_narrow_posterior(rng):
+    model, params, _ = load_autoencoder("init:smoke")
+    x, block = rng.normal(size=(1, 4, 4, 8)).astype(np.float32), params["encoder"]["down_0_block_0"]
+    idle = ResnetBlock(8, 4).apply({"params": block}, x)
+    np.testing.assert_allclose(idle, x + block["conv2"]["bias"], atol=1e-6)
+    posterior = model.apply({"params": params}, rng.uniform(-1, 1, (1, 8, 8, 3)).astype(np.float32), method="encode")
+    assert np.abs(np.asarray(posterior.logvar) + 5).max() < 3
+
+
 def test_random_parameters_are_distributed_as_the_models_own_initialisation():
     _, params, spec = load_autoencoder("init:smoke", seed=5)
     again, other = load_autoencoder("init:smoke", seed=5), load_autoencoder("init:smoke", seed=6)
