@@ -71,7 +71,7 @@ def paper():
         steps=50_000,  # [P] 5 epochs of OpenImages; "10K steps" an epoch at 160 images an update
         accumulate=2,  # [C] micro-batches an update, each with its own tau
         log_every=50, eval_every=1000, preview_every=1000,
-        max_skipped=20,  # stop after so many updates in a row with non-finite gradients
+        max_skipped=20,  # stop (at the next log or save) after so many updates in a row with non-finite gradients
         warm_up=True,  # compile all sizes of tau in the background from the first step on
     )
     config.checkpoint = dict(every=1000, keep=3, keep_best=1, best_metric="psnr", best_mode="max")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import jax
 
-# What may differ on resume, because no result depends on it: how long, how often, how many, on what devices.
+# What may differ on resume, because no result depends on it: how long (under a constant learning rate), how often,
+# how many, on what devices.
 CHANGEABLE = ("training.steps", "training.warm_up", "checkpoint.every", "checkpoint.keep",
               "checkpoint.keep_best", "data.workers")
 
@@ -63,7 +64,7 @@ def prepare(workdir, config, started):
                                        "name a directory you may write with --workdir") from None
     config, file = resolved(config), path / "config.json"
     if started and file.exists():
-        decays = config["optimizer"]["schedule"] != "constant"  # then the learning rate of every step depends on steps
+        decays = config["optimizer"]["schedule"] != "constant"  # then every step's learning rate depends on how long
         changed = [line for line in differences(json.loads(file.read_text()), config)
                    if not may_change(line[0]) or decays and line[0] == "training.steps"]
         if changed:
