@@ -108,7 +108,7 @@ def compare(
     )
     document["runs"] = {}
     for name, workdir in runs.items():
-        step = saved_steps(workdir)[-1]
+        step = max(saved_steps(workdir), default=None)
         document["runs"][name] = {"workdir": str(workdir), "step": step, "config": configs[name]}
     write(document, _exhibits(models, batches, protocol, min(shown, batch_size)), histories, output)
     return document

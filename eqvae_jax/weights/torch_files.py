@@ -173,8 +173,11 @@ def storage_header(identifier):
     if kind != "storage" or len(rest) not in (4, 5):
         raise WeightsError("a persistent identifier that is not torch's")
     storage_type, key, _, size = rest[:4]
-    if not isinstance(storage_type, Name) or str(storage_type) not in STORAGES:
-        raise WeightsError(f"a storage of an unknown kind, none of {', '.join(STORAGES)}")
+    known = f"none of {', '.join(STORAGES)}"
+    if not isinstance(storage_type, Name):  # whose text may be endless
+        raise WeightsError(f"a storage of a kind that is no name, {known}")
+    if str(storage_type) not in STORAGES:
+        raise WeightsError(f"a storage of kind {storage_type}, which is {known}")
     if not isinstance(key, str) or type(size) is not int or size < 0:
         raise WeightsError("a storage whose key is not text or whose size is not a number")
     if rest[4:] not in ([], [None]):
