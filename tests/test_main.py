@@ -67,7 +67,7 @@ def test_a_mistyped_flag_is_named(tmp_path, flag, message):
 
 @pytest.mark.parametrize("change, message", [
     (lambda c: (c.update(init="ldm:file.ckpt"), c.loss.update(perceptual_weight=1.0)), "--config.loss.lpips_weights"),
-    (lambda c: c.data.update(evaluation_batch_size=0), "evaluation_batch_size|batch_size"),
+    (lambda c: c.data.update(evaluation_batch_size=0), "evaluation_batch_size"),
     (lambda c: c.update(init="workdir:nowhere"), "nowhere"),
     (lambda c: c.update(init="init:larger"), "no such preset"),
     (lambda c: c.data.update(train="folder:nowhere"), "nowhere"),
