@@ -178,12 +178,12 @@ def _first_line(error):
 def load_params(workdir, which="ema", step=None):
     """Returns (parameters as a tree of numpy arrays, config as a dict, step) of a finished or running run.
 
-    which: "ema" or "params"; step: None is the newest complete one. Reads only that part of the state and
-    needs neither a mesh nor the code that wrote it. Raises FileNotFoundError where there is no such
-    checkpoint, ValueError where it holds no average of the weights.
+    which: "ema", "params" or "buffers"; step: None is the newest complete one. Reads only that part of the
+    state and needs neither a mesh nor the code that wrote it. Raises FileNotFoundError where there is no such
+    checkpoint, ValueError where it holds no average of the weights, or no buffers.
     """
-    if which not in ("ema", "params"):
-        raise ValueError(f"which is {which!r}; it must be 'ema' or 'params'")
+    if which not in ("ema", "params", "buffers"):
+        raise ValueError(f"which is {which!r}; it must be 'buffers', 'ema' or 'params'")
     steps = saved_steps(workdir)
     if not steps or step not in (None, *steps):
         found = f"it holds steps {steps}" if steps else "it holds none"
@@ -194,8 +194,8 @@ def load_params(workdir, which="ema", step=None):
     reader = ocp.PyTreeCheckpointHandler()
     saved = reader.metadata(directory / "state").tree
     if not jax.tree.leaves(saved[which]):
-        raise ValueError(f"the checkpoint {directory} holds no average of the weights (ema); ask for "
-                         "'params'")
+        held = {"ema": "average of the weights (ema); ask for 'params'"}.get(which, which)
+        raise ValueError(f"the checkpoint {directory} holds no {held}")
     item = {which: saved[which]}
     numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
     tree = reader.restore(directory / "state", args=ocp.args.PyTreeRestore(

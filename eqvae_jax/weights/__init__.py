@@ -1,11 +1,18 @@
 """Weights in and out: strict tables and layout changes, and the only place that reads other people's files."""
 
-from eqvae_jax.weights.autoencoders import AutoencoderSpec, load_autoencoder, save_autoencoder
+from eqvae_jax.weights.autoencoders import (
+    AutoencoderSpec,
+    Opened,
+    load_autoencoder,
+    open_autoencoder,
+    save_autoencoder,
+)
 from eqvae_jax.weights.errors import WeightsError
+from eqvae_jax.weights.loss_networks import Critic, LossWeights, load_loss
 from eqvae_jax.weights.lpips import fetch_lpips, load_lpips
 from eqvae_jax.weights.references import Reference, parse_reference
 
 __all__ = [
-    "AutoencoderSpec", "Reference", "WeightsError", "fetch_lpips", "load_autoencoder", "load_lpips", "parse_reference",
-    "save_autoencoder",
+    "AutoencoderSpec", "Critic", "LossWeights", "Opened", "Reference", "WeightsError", "fetch_lpips",
+    "load_autoencoder", "load_loss", "load_lpips", "open_autoencoder", "parse_reference", "save_autoencoder",
 ]

@@ -1,15 +1,23 @@
 """Folders in diffusers' layout: config.json beside diffusion_pytorch_model.safetensors, on disk or on the Hub."""
 
 import json
+import math
 import pathlib
 import re
 
+from eqvae_jax.autoencoders.kl import AutoencoderKL
+from eqvae_jax.autoencoders.vq import AutoencoderVQ
+from eqvae_jax.weights import tables
 from eqvae_jax.weights.errors import WeightsError
-from eqvae_jax.weights.files import read_tensors, write_tensors
+from eqvae_jax.weights.files import read_tensors, whole_or_nothing, write_tensors
+from eqvae_jax.weights.ldm_files import widths_as_multiples
 
 CONFIG = "config.json"
 STEM = "diffusion_pytorch_model"
-FILES = [CONFIG, f"{STEM}.safetensors", f"{STEM}.safetensors.index.json", f"{STEM}-*.safetensors"]
+INDEX = f"{STEM}.safetensors.index.json"
+CLASSES = ("AutoencoderKL", "VQModel")
+LARGEST_SIZE = 2**20
+FILES = [CONFIG, f"{STEM}.safetensors", INDEX, f"{STEM}-*.safetensors"]
 
 
 def find(rest):
@@ -40,58 +48,92 @@ def find(rest):
 
 
 def read(folder):
+    """(model, params, scale, shift) of a folder; raises WeightsError, with the lists, where they do not fit."""
+    model, scale, shift = read_config(folder)
+    levels, tensors = len(model.multipliers), tables.new_attention_names(read_files(folder))
+    try:
+        shapes = tables.parameter_shapes(model)
+    except WeightsError as error:
+        raise WeightsError(f"{folder / CONFIG}: {error}") from error
+    params = tables.read_parameters(tensors, shapes, lambda p: tables.diffusers_key(p, levels), folder)
+    return model, params, scale, shift
+
+
+def read_files(folder):
     """Name -> array of all tensors in a folder: one safetensors file, several with an index, or an old .bin."""
-    whole, index, old = (folder / f"{STEM}{suffix}" for suffix in (".safetensors", ".safetensors.index.json", ".bin"))
+    whole, index, old = folder / f"{STEM}.safetensors", folder / INDEX, folder / f"{STEM}.bin"
     if whole.is_file():
         return read_tensors(whole)
     if index.is_file():
-        files = sorted(set(read_json(index).get("weight_map", {}).values()))
-        if not files or any(not isinstance(file, str) or pathlib.Path(file).name != file for file in files):
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards or not all(map(is_file_name, shards.values())):
             raise WeightsError(f"{index}: its weight_map does not name files of this folder")
-        return {name: value for file in files for name, value in read_tensors(folder / file).items()}
+        files = [read_tensors(folder / file) for file in sorted(set(shards.values()))]
+        return {name: value for tensors in files for name, value in tensors.items()}
     if old.is_file():
         return read_tensors(old)
     raise WeightsError(f"{folder}: holds neither {whole.name} nor {old.name}")
 
 
+def is_file_name(name):
+    return isinstance(name, str) and pathlib.PurePath(name).name == name != ".."
+
+
 def read_config(folder):
-    """AutoencoderKL's fields, scale and shift from config.json; raises WeightsError for what our model cannot be."""
+    """(model, scale, shift) from config.json; raises WeightsError for what our models cannot be."""
     path = folder / CONFIG
     if not path.is_file():
         raise WeightsError(f"{folder}: has no {CONFIG}, so it is no folder of diffusers")
     config = read_json(path)
     class_name = config.get("_class_name")
-    if class_name != "AutoencoderKL":
-        raise WeightsError(f"{path}: describes a {class_name}; only AutoencoderKL is read")
+    if class_name not in CLASSES:
+        raise WeightsError(f"{path}: describes a {class_name}; {' and '.join(CLASSES)} are read")
     # diffusers leaves out nothing today, but older files lack what was added later: these are its defaults.
-    quant, post_quant = config.get("use_quant_conv", True), config.get("use_post_quant_conv", True)
-    fixed = [
-        ("act_fn", config.get("act_fn", "silu"), "silu"),
-        ("in_channels", config.get("in_channels", 3), 3),
-        ("out_channels", config.get("out_channels", 3), 3),
-        ("mid_block_add_attention", config.get("mid_block_add_attention", True), True),
-        ("use_post_quant_conv", post_quant, quant),
-        ("latents_mean", config.get("latents_mean"), None),
-        ("latents_std", config.get("latents_std"), None),
-    ]
-    for name, value, wanted in fixed:
-        if value != wanted:
-            raise WeightsError(f"{path}: {name} is {value!r}, and this package's AutoencoderKL has {wanted!r}")
+    fixed = {"act_fn": "silu", "in_channels": 3, "out_channels": 3, "mid_block_add_attention": True}
+    if class_name == "AutoencoderKL":
+        quant = bool(config.get("use_quant_conv", True))
+        fixed |= {"latents_mean": None, "latents_std": None}
+        if config.get("use_post_quant_conv", True) != quant:
+            raise WeightsError(f"{path}: use_post_quant_conv is {not quant} and use_quant_conv is {quant}; this "
+                               "package's autoencoders have both convolutions or neither")
+    else:
+        fixed |= {"norm_type": "group"}
+        if config.get("vq_embed_dim") not in (None, config.get("latent_channels")):
+            raise WeightsError(f"{path}: vq_embed_dim is {config['vq_embed_dim']} and latent_channels "
+                               f"{config.get('latent_channels')}; only models in which they are equal are read")
+    for name, wanted in fixed.items():
+        if config.get(name, wanted) != wanted:
+            raise WeightsError(f"{path}: {name} is {config[name]!r}, and this package's autoencoders have {wanted!r}")
     try:
-        widths = list(config["block_out_channels"])
+        widths = [positive(width) for width in config["block_out_channels"]]
         down = [attends(kind, "Down", "Encoder") for kind in config["down_block_types"]]
         up = [attends(kind, "Up", "Decoder") for kind in config["up_block_types"]]
         if not len(widths) == len(down) == len(up) or down != up[::-1]:
             raise ValueError("down_block_types and up_block_types do not mirror each other")
         fields = dict(
-            **widths_as_multiples(widths), blocks_per_level=int(config["layers_per_block"]),
-            latent_channels=int(config["latent_channels"]), groups=int(config["norm_num_groups"]),
-            attention_levels=tuple(i for i, attention in enumerate(down) if attention), quant=bool(quant),
+            **widths_as_multiples(widths), blocks_per_level=positive(config["layers_per_block"]),
+            latent_channels=positive(config["latent_channels"]), groups=positive(config["norm_num_groups"]),
+            attention_levels=tuple(i for i, attention in enumerate(down) if attention),
         )
+        if class_name == "AutoencoderKL":
+            model = AutoencoderKL(**fields, quant=quant)
+        else:
+            model = AutoencoderVQ(**fields, codebook_size=positive(config["num_vq_embeddings"]))
         # diffusers' own default; a VAE without a shift says null.
-        return fields, float(config.get("scaling_factor", 0.18215)), float(config.get("shift_factor") or 0.0)
-    except (KeyError, TypeError, ValueError) as error:
+        scale, shift = config.get("scaling_factor", 0.18215), config.get("shift_factor")
+        shift = 0.0 if shift is None else float(shift)
+        if not (0 < float(scale) < math.inf and math.isfinite(shift)):
+            raise ValueError(f"scaling_factor {scale} or shift_factor {shift} cannot be")
+        return model, float(scale), shift
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise WeightsError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def positive(value):
+    """The value if it can be a size."""
+    if type(value) is not int or not 0 < value <= LARGEST_SIZE:
+        raise ValueError(f"{value!r} where a size of 1 to {LARGEST_SIZE} belongs")
+    return value
 
 
 def attends(kind, direction, side):
@@ -102,44 +144,51 @@ def attends(kind, direction, side):
     return kind == names[1]
 
 
-def widths_as_multiples(widths):
-    """channels and multipliers from the levels' widths."""
-    if any(width % widths[0] for width in widths):
-        raise ValueError(f"widths {widths} that are no multiples of the first")
-    return {"channels": widths[0], "multipliers": tuple(width // widths[0] for width in widths)}
-
-
 def config_of(model, scale, shift):
-    """The config.json of a model."""
-    levels = range(len(model.multipliers))
-    attention = ["Attn" if i in model.attention_levels else "" for i in levels]
-    return {
-        "_class_name": "AutoencoderKL", "_diffusers_version": "0.30.0",
-        "act_fn": "silu", "in_channels": 3, "out_channels": 3,
+    """The config.json of a model; raises WeightsError for a shift where diffusers has no place for one."""
+    attention = ["Attn" if i in model.attention_levels else "" for i in range(len(model.multipliers))]
+    common = {
+        "_diffusers_version": "0.30.0", "act_fn": "silu", "in_channels": 3, "out_channels": 3,
         "block_out_channels": [model.channels * m for m in model.multipliers],
         "down_block_types": [f"{a}DownEncoderBlock2D" for a in attention],
         "up_block_types": [f"{a}UpDecoderBlock2D" for a in reversed(attention)],
         "layers_per_block": model.blocks_per_level, "latent_channels": model.latent_channels,
-        "norm_num_groups": model.groups, "sample_size": 256, "scaling_factor": scale, "shift_factor": shift or None,
-        "latents_mean": None, "latents_std": None, "force_upcast": True, "mid_block_add_attention": True,
-        "use_quant_conv": model.quant, "use_post_quant_conv": model.quant,
+        "norm_num_groups": model.groups, "sample_size": 256, "scaling_factor": scale, "mid_block_add_attention": True,
+    }
+    if model.kind == "kl":
+        return {
+            "_class_name": "AutoencoderKL", **common, "shift_factor": shift or None,
+            "latents_mean": None, "latents_std": None, "force_upcast": True,
+            "use_quant_conv": model.quant, "use_post_quant_conv": model.quant,
+        }
+    if shift:
+        raise WeightsError(f"diffusers' VQModel has no place for a shift of its latents, and this one's is {shift}")
+    return {
+        "_class_name": "VQModel", **common, "num_vq_embeddings": model.codebook_size,
+        "vq_embed_dim": model.latent_channels, "norm_type": "group", "lookup_from_codebook": False,
+        "force_upcast": False,
     }
 
 
-def write(folder, config, tensors):
-    """Writes the two files of a folder; the config comes last, so a folder that has one is complete."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / f"{STEM}.safetensors", tensors)
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    except OSError as error:
-        raise WeightsError(f"{folder}: could not be written ({error})") from error
+def write(folder, model, params, scale, shift):
+    """Writes the two files of a folder; the config comes last, so a folder that has one is complete.
+
+    Raises WeightsError, before anything is written, where the parameters are not the model's.
+    """
+    levels, shapes = len(model.multipliers), tables.parameter_shapes(model)
+    config = config_of(model, scale, shift)
+    tensors = tables.write_parameters(params, shapes, lambda p: tables.diffusers_key(p, levels))
+    if (folder / INDEX).is_file():
+        raise WeightsError(f"{folder}: has an {INDEX}, whose shards diffusers would load instead; name another folder")
+    write_tensors(folder / f"{STEM}.safetensors", tensors)
+    with whole_or_nothing(folder / CONFIG) as partial:
+        partial.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def read_json(path):
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: not readable JSON ({error})") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: not a JSON object")

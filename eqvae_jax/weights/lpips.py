@@ -53,24 +53,29 @@ def load_lpips(reference):
         tensors = read_tensors(path)
     else:
         raise WeightsError(f"LPIPS weights: there is no {path}.\n{ADVICE}")
+    tensors = {name.removeprefix("loss.perceptual_loss."): value for name, value in tensors.items()}
     try:
-        params = read_parameters(relevant(tensors), flat_shapes(), "/".join, path)
+        return lpips_parameters(tensors, path)
     except WeightsError as error:
         raise WeightsError(f"LPIPS weights, {error}\n{ADVICE}") from error
-    return {**params, **{name: kernel.reshape(-1) for name, kernel in params.items() if name.startswith("lin")}}
+
+
+def lpips_parameters(tensors, where):
+    """LPIPS' parameters from tensors of these names; raises WeightsError, naming `where`, unless all are there."""
+    params = read_parameters(relevant(tensors), flat_shapes(), "/".join, where)
+    return {**params, **{name: head.reshape(-1) for name, head in params.items() if name.startswith("lin")}}
 
 
 def flat_shapes():
-    """Our shapes, with the heads as the files have them: 1 x 1 convolutions to one channel."""
+    """Our shapes, with the heads as the files have them: 1 x 1 convolutions to one channel, (1, C, 1, 1)."""
     shapes = parameter_shapes()
     for name in [name for name in shapes if name.startswith("lin")]:
-        shapes[name] = jax.ShapeDtypeStruct((1, 1, *shapes[name].shape, 1), shapes[name].dtype)
+        shapes[name] = jax.ShapeDtypeStruct((1, *shapes[name].shape, 1, 1), shapes[name].dtype)
     return shapes
 
 
 def relevant(tensors):
-    """The file's tensors under our names. VGG's classifier and the rest of a checkpoint are left out."""
-    tensors = {name.removeprefix("loss.perceptual_loss."): value for name, value in tensors.items()}
+    """The tensors of LPIPS under our names. VGG's classifier and the rest of a checkpoint are left out."""
     renamed = {}
     for name, value in tensors.items():
         if match := re.fullmatch(r"(?:features|net\.slice\d)\.(\d+)\.(weight|bias)", name):

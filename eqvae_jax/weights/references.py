@@ -8,6 +8,7 @@ from eqvae_jax.weights.errors import WeightsError
 AUTOENCODERS = {
     "diffusers": "diffusers:DIR or diffusers:ORG/NAME[/SUBFOLDER] on the Hugging Face Hub",
     "ldm": "ldm:FILE, a .ckpt or .safetensors of latent-diffusion, Stable Diffusion or EQ-VAE",
+    "taming": "taming:FILE, a .ckpt or .safetensors of a VQ-GAN in the layout of taming-transformers",
     "workdir": "workdir:DIR of a training run of this project",
     "init": "init:PRESET, random weights",
 }

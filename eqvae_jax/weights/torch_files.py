@@ -117,7 +117,7 @@ def read_zip(path, data):
         if size * dtype.itemsize > length:
             raise WeightsError(f"storage {key} claims {size} x {dtype} and has {length} bytes")
         if (key, dtype) not in storages:
-            storages[key, dtype] = Storage(dtype, size, np.frombuffer(data, dtype, size, start))
+            storages[key, dtype] = Storage(dtype, size, np.ndarray(size, dtype, data, start))
         return storages[key, dtype]
 
     return read_pickle(io.BytesIO(content(pickles[0], LARGEST_PICKLE)), BUILDERS, load_persistent)
@@ -160,7 +160,7 @@ def read_legacy(data):
             raise WeightsError(f"storage {key} is cut off; download the file again")
         if struct.unpack("<q", data[position:position + 8])[0] != storage.size:
             raise WeightsError(f"storage {key} has another size than the object says; the file is damaged")
-        values = np.frombuffer(data, storage.dtype, storage.size, position + 8)
+        values = np.ndarray(storage.size, storage.dtype, data, position + 8)
         storages[key] = dataclasses.replace(storage, values=values)
         position = end
     data.seek(start)

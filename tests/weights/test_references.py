@@ -24,4 +24,4 @@ def test_a_mistake_lists_the_kinds(reference, problem):
         parse_reference(reference)
     message = str(error.value)
     assert problem in message
-    assert all(f"\n  {kind}:" in message for kind in ("diffusers", "ldm", "workdir", "init"))
+    assert all(f"\n  {kind}:" in message for kind in ("diffusers", "ldm", "taming", "workdir", "init"))

@@ -1,0 +1,38 @@
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # parity and ldm_reference, under any import mode of pytest
+
+
+@pytest.fixture(scope="session")
+def ldm_reference(torch):
+    """The module ldm_reference, which needs torch."""
+    return importlib.import_module("ldm_reference")
+
+
+@pytest.fixture
+def save_run():
+    """Function that writes a workdir as training does: (directory, preset) and what its state holds beside."""
+    import ml_collections
+
+    from eqvae_jax.autoencoders.presets import describe
+    from eqvae_jax.training.checkpoint import Checkpoints
+    from eqvae_jax.training.state import TrainState
+    from eqvae_jax.weights import load_autoencoder
+
+    def save(directory, preset, ema=None, discriminator=None, statistics=None, **section):
+        model, params, spec = load_autoencoder(f"init:{preset}", seed=1)
+        params = {"autoencoder": params} | ({"discriminator": discriminator} if discriminator else {})
+        config = ml_collections.ConfigDict({
+            "seed": 1, "checkpoint": dict(keep=1, keep_best=0, best_metric="", best_mode="min"),
+            "autoencoder": describe(model) | {"scale": spec.scale, "shift": spec.shift} | section,
+        })
+        state = TrainState.create(params, {}, ema and {"autoencoder": ema},
+                                  {"discriminator": statistics} if statistics else {})
+        with Checkpoints(directory, config) as checkpoints:
+            checkpoints.save(7, state)
+
+    return save
