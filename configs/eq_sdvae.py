@@ -4,16 +4,22 @@
     --config=configs/eq_sdvae.py:quickstart     minutes on two CPU cores: before / control / EQ on photographs
     --config=configs/eq_sdvae.py:smoke          seconds; for tests
 
-Sources: [C] the released train_eqvae configuration and code, [P] the paper.
+The other autoencoders' configs are this one with what differs. Sources: [C] the released train_eqvae configuration
+and code, [P] the paper.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config(variant="paper"):
-    variants = {"paper": paper, "quickstart": quickstart, "smoke": smoke}
+    return choose(variant, "eq_sdvae", paper, quickstart, smoke)
+
+
+def choose(variant, file, *functions):
+    """The config of the function that is called as the variant."""
+    variants = {function.__name__: function for function in functions}
     if variant not in variants:
-        raise ValueError(f"configs/eq_sdvae.py has no variant {variant!r}; it has: {', '.join(variants)}")
+        raise ValueError(f"configs/{file}.py has no variant {variant!r}; it has: {', '.join(variants)}")
     return variants[variant]()
 
 
@@ -21,8 +27,10 @@ def paper():
     config = ConfigDict()
     config.seed = 23  # [C]
 
-    # Weights to start from: diffusers:DIR_OR_HUB_ID, ldm:FILE, workdir:DIR, or init:PRESET for random ones.
+    # Weights to start from: diffusers:DIR_OR_HUB_ID, ldm:FILE, taming:FILE, workdir:DIR, or init:PRESET, random ones.
     config.init = ""
+    # Where the paper's are, for the message that asks for them, and the preset of the same graph.
+    config.published = dict(reference="diffusers:stabilityai/sd-vae-ft-ema (335 MB)", preset="sd")
     config.model = dict(
         dtype="bfloat16",  # of convolutions; parameters, normalisation, softmax and losses are float32
         remat=True,  # 0.55 instead of 2.76 GiB of activations an image
@@ -49,15 +57,20 @@ def paper():
         p_equivariance=0.5,  # [C] called p_prior there; the paper's 1 - p_alpha
         p_low_resolution=0.25,  # [C] given that the equivariance branch was not taken; the paper has no such branch
         method="bilinear", antialias=False,  # [C]; the paper says bicubic
+        # "explicit" and "explicit_stop_gradient" are the ablation of [P] A.1: plain reconstruction, and
+        # loss.explicit_weight x ||tau E(x) - E(tau x)||^2 whenever the equivariance branch is taken.
+        objective="implicit",
     )
 
     config.loss = dict(
         kl_weight=1e-6,  # [C]
         perceptual_weight=1.0,  # [C]
-        lpips_weights="",  # file or directory of LPIPS weights, or "download"
+        lpips_weights="",  # file or directory of LPIPS weights, or "download"; "": those in config.init's file
         disc_weight=0.5, disc_factor=1.0, disc_start=0,  # [C]
         disc_width=64, disc_layers=3,  # [C] PatchGAN
         logvar=0.0,  # [C] constant: in no optimizer there
+        from_init=True,  # go on with the discriminator, logvar and LPIPS of config.init, where its file has them
+        explicit_weight=0.1,  # [P] table 7; only equivariance.objective="explicit..." uses it
     )
 
     # [C] Adam, no weight decay, clipping or schedule. The released command gives 4.5e-6 x 8 GPUs x batch 10 x

@@ -26,17 +26,26 @@ flags.DEFINE_string("workdir", None, "Directory for checkpoints, metrics.jsonl, 
 NEEDS = """This config needs:
 {needs}
 Try it without either, on photographs that ship with the installed packages and on random weights:
-  --config.data.train=photos --config.init=init:sd
+  --config.data.train=photos --config.init=init:{preset}
 or see the method work in minutes on a CPU: --config=configs/eq_sdvae.py:quickstart"""
 NEEDS_DATA = """  images to train on: --config.data.train=folder:DIR (any tree of JPEG or PNG files), arrayrecord:GLOB,
     tfds:NAME. The paper's are the 1.7 million of OpenImages.
     To shard a folder: python -m eqvae_jax.data.preparation --help"""
-NEEDS_INIT = """  weights to start from: --config.init=diffusers:DIR_OR_HUB_ID, for example
-    diffusers:stabilityai/sd-vae-ft-ema (335 MB), ldm:FILE for kl-f8's model.ckpt,
-    or workdir:DIR for a run of this project."""
+NEEDS_INIT = """  weights to start from: --config.init={published},
+    or another of diffusers:DIR_OR_HUB_ID, ldm:FILE, taming:FILE, workdir:DIR (a run of this project)."""
 NEEDS_LPIPS = """  weights of the perceptual loss: --config.loss.lpips_weights=download (553 MB), or a directory
-    that holds vgg16-397923af.pth and vgg.pth, or a file with both;
+    that holds vgg16-397923af.pth and vgg.pth, or a file with both (a .ckpt of latent-diffusion or
+    taming-transformers has them; as config.init it is looked into of itself);
     or --config.loss.perceptual_weight=0 to train without."""
+
+
+CARRIERS = ("ldm:", "taming:")  # their files may hold the loss's networks beside the autoencoder
+
+
+def refuse(config, needs):
+    """Raises ValueError with what a config needs, if anything."""
+    if needs:
+        raise ValueError(NEEDS.format(needs="\n".join(needs), preset=config.published.preset))
 
 
 def preflight(config):
@@ -46,16 +55,15 @@ def preflight(config):
     there the perceptual loss, unless its weights are named, is off, and the log says so.
     """
     needs = [] if config.data.train else [NEEDS_DATA]
-    needs += [] if config.init else [NEEDS_INIT]
+    needs += [] if config.init else [NEEDS_INIT.format(published=config.published.reference)]
     if config.loss.perceptual_weight and not config.loss.lpips_weights:
         if config.init.startswith("init:"):
             logging.warning("%s is random weights and loss.lpips_weights is not set: the perceptual loss is off.",
                             config.init)
             config.loss.perceptual_weight = 0.0
-        elif config.init:
+        elif config.init and not (config.loss.from_init and config.init.startswith(CARRIERS)):
             needs.append(NEEDS_LPIPS)
-    if needs:
-        raise ValueError(NEEDS.format(needs="\n".join(needs)))
+    refuse(config, needs)
     for name in ("p_equivariance", "p_low_resolution"):
         if not 0 <= config.equivariance[name] <= 1:
             raise ValueError(f"equivariance.{name} is {config.equivariance[name]}; it is a probability, 0 to 1.")
@@ -74,6 +82,7 @@ def train(config, workdir):
     from clu import parameter_overview
 
     from eqvae_jax import weights
+    from eqvae_jax.autoencoders import presets
     from eqvae_jax.autoencoders.task import autoencoder_task, check
     from eqvae_jax.data.images import evaluation_batches, train_batches
     from eqvae_jax.data.sources import open_source
@@ -89,11 +98,8 @@ def train(config, workdir):
                            or data.batch_per_device * mesh.size * accumulate)
     check(config, model, mesh)
     with config.unlocked():  # what weights.load_autoencoder("workdir:...") rebuilds the model from
-        config.autoencoder = dict(
-            channels=model.channels, multipliers=model.multipliers, blocks_per_level=model.blocks_per_level,
-            latent_channels=model.latent_channels, groups=model.groups, attention_levels=model.attention_levels,
-            quant=model.quant, scale=spec.scale, shift=spec.shift)
-    lpips = weights.load_lpips(config.loss.lpips_weights) if config.loss.perceptual_weight else None
+        config.autoencoder = presets.describe(model) | dict(scale=spec.scale, shift=spec.shift)
+    lpips, critic = loss_networks(config)
 
     source, held_out = open_source(data.train), open_source(data.evaluation)
     batches = loop.Data(
@@ -103,10 +109,40 @@ def train(config, workdir):
             broken_limit=data.broken_limit),
         evaluation=lambda: evaluation_batches(
             held_out, image_size=data.image_size, batch_size=data.evaluation_batch_size,
-            limit=data.evaluation_limit or None, crops=data.evaluation_crops, broken_limit=data.broken_limit))
+            limit=data.evaluation_limit or None, crops=data.evaluation_crops, min_crop=data.min_crop,
+            max_crop=data.max_crop, broken_limit=data.broken_limit))
     describe(config, model, mesh, len(source), parameter_overview.count_parameters(params))
-    state = loop.train(autoencoder_task(config, model, params, mesh, lpips), batches, config, workdir, mesh)
+    task = autoencoder_task(config, model, params, mesh, lpips, critic)
+    state = loop.train(task, batches, config, workdir, mesh)
     return int(int(state.step) < config.training.steps)
+
+
+def loss_networks(config):
+    """(parameters of LPIPS or None, a trained discriminator's variables or None) of a config, and resolves its logvar.
+
+    Released training checkpoints hold both networks: a discriminator that knows this autoencoder spares the new one's
+    first, wild steps. Raises ValueError where LPIPS is needed and not found, or a discriminator is of another shape.
+    """
+    from eqvae_jax import weights
+
+    loss = config.loss
+    found = weights.load_loss(config.init) if loss.from_init else weights.LossWeights()
+    lpips = critic = None
+    if loss.perceptual_weight:
+        lpips = weights.load_lpips(loss.lpips_weights) if loss.lpips_weights else found.lpips
+        refuse(config, [] if lpips else [NEEDS_LPIPS])
+    if loss.disc_weight and found.discriminator:
+        shape = (found.discriminator.width, found.discriminator.layers)
+        if shape != (loss.disc_width, loss.disc_layers):
+            raise ValueError(
+                f"the discriminator in {config.init} has width {shape[0]} and {shape[1]} layers, the config "
+                f"{loss.disc_width} and {loss.disc_layers}: set --config.loss.disc_width={shape[0]} "
+                f"--config.loss.disc_layers={shape[1]}, or --config.loss.from_init=False to start a new one.")
+        critic = {"params": found.discriminator.params, "batch_stats": found.discriminator.batch_stats}
+        print(f"{config.init}: going on with the discriminator in it.")
+    if found.logvar is not None:
+        loss.logvar = found.logvar
+    return lpips, critic
 
 
 def describe(config, model, mesh, images, parameters):
@@ -151,7 +187,7 @@ def train_stages(config, workdir):
     data = config.data
     document = report.compare(runs, images=data.evaluation, output=workdir, image_size=data.image_size,
                               batch_size=data.evaluation_batch_size, limit=data.evaluation_limit or None,
-                              crops=data.evaluation_crops)
+                              crops=data.evaluation_crops, min_crop=data.min_crop, max_crop=data.max_crop)
     print(report.format_table(document))
     print(report.verdict(document))
     print(f"{time.monotonic() - begun:.0f} s in all. Pictures, curves and numbers: {Path(workdir) / 'report.html'}")

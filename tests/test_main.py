@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from ml_collections import ConfigDict
 
-from eqvae_jax import main
+from eqvae_jax import main, weights
 from eqvae_jax.training.checkpoint import load_params, saved_steps
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -66,7 +66,9 @@ def test_a_mistyped_flag_is_named(tmp_path, flag, message):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda c: (c.update(init="ldm:file.ckpt"), c.loss.update(perceptual_weight=1.0)), "--config.loss.lpips_weights"),
+    (lambda c: (c.update(init="workdir:run"), c.loss.update(perceptual_weight=1.0)), "--config.loss.lpips_weights"),
+    (lambda c: c.update(init="ldm:file.ckpt"), "file.ckpt: no such file"),
+    (lambda c: c.update(init="init:vqgan-smoke"), "configs/eq_vqgan.py"),
     (lambda c: c.data.update(evaluation_batch_size=0), "evaluation_batch_size"),
     (lambda c: c.update(init="workdir:nowhere"), "nowhere"),
     (lambda c: c.update(init="init:larger"), "no such preset"),
@@ -89,6 +91,26 @@ def test_random_weights_do_without_the_perceptual_loss_and_record_it():
     config.loss.perceptual_weight = 1.0
     main.preflight(config)
     assert config.loss.perceptual_weight == 0.0
+
+
+def test_loss_networks_come_from_the_file_of_init_where_it_has_them(monkeypatch, capsys):
+    critic = weights.Critic({"conv_0": 1}, {"norm_1": 2}, width=4, layers=1)
+    held = weights.LossWeights(critic, {"vgg": 3}, 0.25)
+    monkeypatch.setattr(weights, "load_loss", lambda reference: held if reference == "ldm:model.ckpt" else None)
+    config = adversarial(2)
+    config.init, config.loss.perceptual_weight = "ldm:model.ckpt", 1.0
+    main.preflight(config)  # does not ask for LPIPS yet
+    assert main.loss_networks(config) == ({"vgg": 3}, {"params": {"conv_0": 1}, "batch_stats": {"norm_1": 2}})
+    assert config.loss.logvar == 0.25 and "discriminator in it" in capsys.readouterr().out
+
+    held = weights.LossWeights(critic._replace(layers=3, width=64), None, None)
+    with pytest.raises(ValueError, match="--config.loss.lpips_weights=download"):
+        main.loss_networks(config)
+    config.loss.perceptual_weight = 0.0
+    with pytest.raises(ValueError, match="--config.loss.disc_width=64 --config.loss.disc_layers=3"):
+        main.loss_networks(config)
+    config.loss.from_init = False
+    assert main.loss_networks(config) == (None, None)
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,37 @@ def reconstruction_loss(x, y, lpips=0.0, perceptual_weight=1.0, logvar=0.0, redu
     return nll * values_per_image if reduction == "sum" else nll
 
 
+def codebook_loss(z, codes, beta=0.25, legacy=True):
+    """Pulls codes to features and, a commitment, features to codes; a float32 scalar, the mean over all elements.
+
+    z: features before quantisation, codes: their nearest codes, both (B, h, w, C). The corrected form weighs the
+    commitment with beta, as VQ-VAE defines it; the legacy one weighs the codebook's part instead, and is what every
+    released VQ-GAN was trained with. Source: VectorQuantizer2 of taming-transformers.
+    """
+    z, codes = z.astype(jnp.float32), codes.astype(jnp.float32)
+    commitment = jnp.square(jax.lax.stop_gradient(codes) - z).mean()
+    codebook = jnp.square(codes - jax.lax.stop_gradient(z)).mean()
+    return commitment + beta * codebook if legacy else beta * commitment + codebook
+
+
+def codebook_metrics(indices, size):
+    """How many of `size` codes a batch uses, as a share, and the perplexity of their distribution, 1 to size."""
+    counts = jnp.bincount(indices.reshape(-1), length=size)
+    p = counts / indices.size
+    entropy = -jnp.sum(jnp.where(counts > 0, p * jnp.log(jnp.maximum(p, 1e-10)), 0.0))
+    return {"codebook_usage": jnp.mean(counts > 0), "codebook_perplexity": jnp.exp(entropy)}
+
+
+def explicit_loss(moved, encoded, stop_gradient=False):
+    """||tau E(x) - E(tau x)||^2, summed over an image's latent (B, h, w, C) and averaged over the batch.
+
+    stop_gradient: E(tau x) is a constant. Source: the paper's explicit regularisation, appendix A.1, which does not say
+    how it reduces; its pixel losses are sums over an image, so this one is.
+    """
+    encoded = jax.lax.stop_gradient(encoded) if stop_gradient else encoded
+    return jnp.square(moved - encoded).sum((1, 2, 3)).mean()
+
+
 def generator_loss(logits_fake):
     """-E[D(y)]: what the autoencoder minimises against the discriminator, under either discriminator loss."""
     return -logits_fake.astype(jnp.float32).mean()

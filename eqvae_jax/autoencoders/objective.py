@@ -1,4 +1,4 @@
-"""EQ-VAE's objective around an AutoencoderKL: losses and gradients of one micro-batch under one transform.
+"""EQ-VAE's objective around an autoencoder: losses and gradients of one micro-batch under one transform.
 
 It is five small programs instead of one large one, so that the ~50 sizes tau can take share what does not depend
 on them:
@@ -8,7 +8,8 @@ on them:
     decode     z -> losses, gradients        one a size of the decoded image
     pull       z's cotangent -> posterior's -> encoder's gradients
 
-The cotangents between them are `jax.vjp`'s, passed across program boundaries as pytrees.
+The paper's explicit alternative adds one, `gap`: ||tau E(x) - E(tau x)||^2 between two encodings, beside plain
+reconstruction. The cotangents between them are `jax.vjp`'s, passed across program boundaries as pytrees.
 """
 
 from functools import partial
@@ -22,6 +23,9 @@ from eqvae_jax.autoencoders.discriminator import PatchDiscriminator
 from eqvae_jax.features.lpips import lpips as lpips_distance
 
 ENCODER_PARTS = ("encoder", "quant_conv")
+# equivariance.objective -> (explicit, E(tau x) is a constant); "implicit" is EQ-VAE's own.
+EXPLICIT = {"explicit": (True, False), "explicit_stop_gradient": (True, True)}
+OBJECTIVES = ("implicit", *EXPLICIT)
 
 
 def to_float(image):
@@ -31,8 +35,9 @@ def to_float(image):
 
 def split_params(params):
     """The autoencoder's parameters as (what encoding reads, what decoding reads)."""
-    encoding = {name: part for name, part in params.items() if name in ENCODER_PARTS}
-    return encoding, {name: part for name, part in params.items() if name not in ENCODER_PARTS}
+    decoding = {name: part for name, part in params.items() if name not in ENCODER_PARTS}
+    # flax asks for the parameters that a model itself declares, a codebook, in every method.
+    return {name: part for name, part in params.items() if name in (*ENCODER_PARTS, "codebook")}, decoding
 
 
 def call(program, *args, **static):
@@ -63,13 +68,18 @@ def eq_gradients(config, model):
     compared with loss.disc_start. Both sides of the GAN come from one forward pass, at the same parameters; the
     released code makes two, with a new tau for each.
     """
-    loss, discriminator, kl_weight = config.loss, make_discriminator(config, model), jnp.float32(config.loss.kl_weight)
+    loss, discriminator, variational = config.loss, make_discriminator(config, model), model.kind == "kl"
+    explicit, constant_target = EXPLICIT.get(config.equivariance.objective, (False, False))
+    explicit_weight = loss.explicit_weight
+    # KL models add up the values of an image and weigh the posterior; VQ models average and weigh the codebook.
+    reduction = "sum" if variational else "mean"
+    kl_weight = jnp.float32(loss.kl_weight if variational else 0.0)
     interpolation = dict(method=config.equivariance.method, antialias=config.equivariance.antialias)
 
-    @partial(jax.jit, static_argnames="size")
-    def encode(encoding, image, size):
-        x = to_float(image)  # (B, H, W, 3)
-        x = x if size is None else equivariance.resize(x, size, **interpolation)
+    @partial(jax.jit, static_argnames=("size", "static_turns"))
+    def encode(encoding, image, turns, size, static_turns):
+        turns = turns if static_turns is None else static_turns
+        x = equivariance.apply_tau(to_float(image), size, turns, **interpolation)  # (B, H, W, 3)
         posterior, pull = jax.vjp(lambda p: model.apply({"params": p}, x, method="encode"), encoding)
         return x, posterior, pull
 
@@ -80,22 +90,39 @@ def eq_gradients(config, model):
 
         def path(posterior):
             z = posterior.sample(key, index)  # (B, h, w, C)
-            return tau(z, size), posterior.kl().mean()
+            return tau(z, size), posterior.kl().mean() if variational else jnp.zeros(())
 
         (z, kl), pull = jax.vjp(path, posterior)
         return z, tau(x, image_size), kl, pull
 
+    @partial(jax.jit, static_argnames=("size", "static_turns"))
+    def gap(posterior, encoded, turns, size, static_turns):
+        turns = turns if static_turns is None else static_turns
+
+        def distance(posterior, encoded):  # of the modes: two samples differ by their noise whatever the encoder does
+            moved = equivariance.apply_tau(posterior.mode(), size, turns, **interpolation)
+            return explicit_weight * losses.explicit_loss(moved, encoded.mode(), constant_target)
+
+        return jax.value_and_grad(distance, argnums=(0, 1))(posterior, encoded)
+
     @jax.jit
     def decode(decoding, critic, lpips, z, x, step):
-        decoder = lambda p, z: model.apply({"params": p}, z, method="decode_with_features")
-        y, pull_decoder, features = jax.vjp(decoder, decoding, z, has_aux=True)
+        def decoder(p, z):
+            y, features, quantized = model.apply({"params": p}, z, method="decode_with_features")
+            if variational:
+                return (y, jnp.zeros(())), (features, {})
+            codebook = losses.codebook_loss(z, quantized.codes, loss.codebook_beta, loss.codebook_legacy)
+            metrics = {"codebook": codebook} | losses.codebook_metrics(quantized.indices, model.codebook_size)
+            return (y, codebook), (features, metrics)
+
+        (y, _), pull_decoder, (features, metrics) = jax.vjp(decoder, decoding, z, has_aux=True)
 
         def reconstruction(y):
             p = lpips_distance(lpips, x, y) if loss.perceptual_weight else jnp.zeros(len(x))
-            return losses.reconstruction_loss(x, y, p, loss.perceptual_weight, loss.logvar), p.mean()
+            return losses.reconstruction_loss(x, y, p, loss.perceptual_weight, loss.logvar, reduction), p.mean()
 
         (nll, p), nll_y = jax.value_and_grad(reconstruction, has_aux=True)(y)
-        metrics = {"nll": nll, "l1": jnp.abs(x - y).mean()}
+        metrics |= {"nll": nll, "l1": jnp.abs(x - y).mean()}
         metrics |= {"lpips": p} if loss.perceptual_weight else {}
         cotangent, critic_grads, buffers = nll_y, {}, {}
         if discriminator:
@@ -104,7 +131,8 @@ def eq_gradients(config, model):
             cotangent = nll_y + on * loss.disc_factor * loss.disc_weight * weight * g_y
             critic_grads = jax.tree.map(lambda g: on * loss.disc_factor * g, critic_grads)
             metrics |= extra
-        decoding_grads, z_cotangent = pull_decoder(cotangent)
+        codebook_weight = jnp.float32(0.0 if variational else loss.codebook_weight)
+        decoding_grads, z_cotangent = pull_decoder((cotangent, codebook_weight))
         return decoding_grads, critic_grads, z_cotangent, buffers, metrics
 
     def adversary(critic, decoding, features, x, y, nll_y):
@@ -137,24 +165,39 @@ def eq_gradients(config, model):
     def pull(vjp, cotangent):
         return vjp(cotangent)[0]
 
+    @jax.jit
+    def add(a, b):
+        return jax.tree.map(jnp.add, a, b)
+
     def gradients(params, buffers, lpips, batch, tau, key, step, run=call):
         latent, image = tau.where == equivariance.LATENT, tau.where == equivariance.IMAGE
         size, image_size = (tau.height, tau.width), tau.image_size(model.downsampling)
         static_turns = None if tau.height == tau.width else tau.turns
         encoding, decoding = split_params(params["autoencoder"])
         critic = {"params": params.get("discriminator"), "batch_stats": buffers.get("discriminator")}
+        move = latent and not explicit  # the explicit objective decodes what was encoded
 
         shrunk = image_size if image and image_size != batch["image"].shape[1:3] else None
-        x, posterior, pull_encoder = run(encode, encoding, batch["image"], size=shrunk)
-        z, x, kl, pull_tau = run(transform, posterior, x, key, batch["index"], tau.turns, size=size if latent else None,
-                                 image_size=image_size if latent else None, static_turns=static_turns)
+        x, posterior, pull_encoder = run(encode, encoding, batch["image"], 0, size=shrunk, static_turns=0)
+        z, x, kl, pull_tau = run(
+            transform, posterior, x, key, batch["index"], tau.turns if move else 0, size=size if move else None,
+            image_size=image_size if move else None, static_turns=static_turns if move else 0)
         decoding_grads, critic_grads, dz, stats, metrics = run(decode, decoding, critic, lpips, z, x, step)
-        encoding_grads = run(pull, pull_encoder, run(pull, pull_tau, (dz, kl_weight)))
+        dposterior = run(pull, pull_tau, (dz, kl_weight))
+        if latent and explicit:
+            turned = dict(static_turns=static_turns)
+            _, encoded, pull_encoded = run(encode, encoding, batch["image"], tau.turns, size=image_size, **turned)
+            distance, (dmoved, dencoded) = run(gap, posterior, encoded, tau.turns, size=size, **turned)
+            dposterior, metrics = run(add, dposterior, dmoved), metrics | {"explicit": distance}
+        encoding_grads = run(pull, pull_encoder, dposterior)
+        if latent and explicit and not constant_target:
+            encoding_grads = run(add, encoding_grads, run(pull, pull_encoded, dencoded))
 
         grads = {"autoencoder": encoding_grads | decoding_grads}
         if discriminator:
             grads["discriminator"], buffers = critic_grads, {"discriminator": stats}
-        metrics |= {"kl": kl, "branch_equivariance": float(latent), "branch_low_resolution": float(image)}
+        metrics |= {"kl": kl} if variational else {}
+        metrics |= {"branch_equivariance": float(latent), "branch_low_resolution": float(image)}
         return grads, metrics, buffers
 
     return gradients

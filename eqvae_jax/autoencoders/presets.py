@@ -33,7 +33,7 @@ PRESETS = {
     "sd16-quickstart": Preset(AutoencoderKL(**_SMALL | dict(multipliers=(1, 1, 2, 4), attention_levels=(3,)),
                                             latent_channels=16)),
     "sd3-quickstart": Preset(AutoencoderKL(**_SMALL, latent_channels=16, quant=False)),
-    "vqgan-quickstart": Preset(AutoencoderVQ(**_SMALL, attention_levels=(2,), latent_channels=16, codebook_size=256)),
+    "vqgan-quickstart": Preset(AutoencoderVQ(**_SMALL, attention_levels=(2,), latent_channels=8, codebook_size=256)),
     "smoke": Preset(AutoencoderKL(**_SMOKE)),
     "sd16-smoke": Preset(AutoencoderKL(**_SMOKE, attention_levels=(1,))),
     "sd3-smoke": Preset(AutoencoderKL(**_SMOKE, quant=False), 1.5305, 0.0609),

@@ -8,7 +8,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from eqvae_jax import equivariance
-from eqvae_jax.autoencoders.objective import compile_only, eq_gradients, make_discriminator, to_float
+from eqvae_jax.autoencoders.objective import OBJECTIVES, compile_only, eq_gradients, make_discriminator, to_float
 from eqvae_jax.training.loop import Task
 from eqvae_jax.training.optimizer import ema_update, guarded, make_optimizer
 from eqvae_jax.training.sharding import state_shardings
@@ -18,6 +18,11 @@ from eqvae_jax.training.state import TrainState
 def check(config, model, mesh):
     """Raises ValueError, naming the config's field, where sizes do not fit together; before anything is compiled."""
     factor, side, sizes = model.downsampling, config.data.image_size, config.equivariance.sizes
+    regulariser = {"kl": "kl_weight", "vq": "codebook_weight"}[model.kind]
+    if regulariser not in config.loss:
+        raise ValueError(f"{config.init} is a {model.kind.upper()} autoencoder, and this config has no "
+                         f"loss.{regulariser}: it is for the other kind. configs/eq_vqgan.py trains VQ models, "
+                         "the others KL models.")
     if side % factor or side < 2 * factor:
         raise ValueError(f"data.image_size is {side}; this autoencoder needs a multiple of {factor}, at least "
                          f"{2 * factor}.")
@@ -29,6 +34,9 @@ def check(config, model, mesh):
                          "0 to 3.")
     if config.equivariance.method not in ("bilinear", "bicubic"):
         raise ValueError(f'equivariance.method is {config.equivariance.method!r}; it must be "bilinear" or "bicubic".')
+    if config.equivariance.objective not in OBJECTIVES:
+        raise ValueError(f"equivariance.objective is {config.equivariance.objective!r}; it must be one of "
+                         f"{', '.join(OBJECTIVES)}.")
     micro = mesh.size * config.training.accumulate
     if config.data.batch_size % micro:
         raise ValueError(f"data.batch_size is {config.data.batch_size}; it must be a multiple of {mesh.size} devices x "
@@ -45,13 +53,14 @@ def check(config, model, mesh):
                              "pixels; leave out the smallest sizes, or set its weight to 0.")
 
 
-def autoencoder_task(config, model, params, mesh, lpips=None) -> Task:
+def autoencoder_task(config, model, params, mesh, lpips=None, critic=None) -> Task:
     """EQ fine-tuning (or, with p_equivariance = 0, plain training) of an autoencoder.
 
     Args:
       config: reads `seed`, `equivariance`, `loss`, `optimizer`, `ema_decay`, `training.{accumulate,steps}`, `mesh`.
-      model, params: an AutoencoderKL and the weights to start from.
+      model, params: an autoencoder and the weights to start from.
       lpips: parameters of `features.lpips`; required unless config.loss.perceptual_weight is 0.
+      critic: {"params", "batch_stats"} of a trained discriminator to start from; None for a new one.
     Raises ValueError if the perceptual loss has no weights.
     """
     loss, accumulate = config.loss, config.training.accumulate
@@ -63,21 +72,22 @@ def autoencoder_task(config, model, params, mesh, lpips=None) -> Task:
     discriminator, gradients = make_discriminator(config, model), eq_gradients(config, model)
     optimizer, schedule = make_optimizer(config.optimizer, config.training.steps)
     sampling = dict(config.equivariance)
+    sampling.pop("objective")
     interpolation = dict(method=sampling.pop("method"), antialias=sampling.pop("antialias"))
     draw_tau, root = partial(equivariance.draw_tau, config.seed, **sampling), jax.random.key(config.seed)
 
-    def init(params, key):
+    def init(params, critic, key):
         params = {"autoencoder": jax.tree.map(jnp.asarray, params)}
         buffers = {}
         if discriminator:
             image = jnp.zeros((1, config.data.image_size, config.data.image_size, 3))
-            variables = discriminator.init(key, image, train=True)
+            variables = critic or discriminator.init(key, image, train=True)
             params["discriminator"], buffers["discriminator"] = variables["params"], variables["batch_stats"]
         opt_state = {role: optimizer.init(weights) for role, weights in params.items()}
         ema = {"autoencoder": jax.tree.map(jnp.array, params["autoencoder"])} if config.ema_decay else None
         return TrainState.create(params, opt_state, ema, buffers)
 
-    init = jax.tree_util.Partial(init, params)
+    init = jax.tree_util.Partial(init, params, critic)
     shardings = state_shardings(mesh, jax.eval_shape(init, root), config.mesh.min_shard_size)
 
     @partial(jax.jit, donate_argnums=0)

@@ -1,5 +1,7 @@
 """Losses and the adaptive weight against a transcription of the reference's formulae in torch."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,3 +89,33 @@ def test_adaptive_weight_is_capped_finite_and_constant(rng):
     assert losses.adaptive_weight(a, np.zeros_like(a)) == 1e4           # the clip, reached without dividing by zero
     assert losses.adaptive_weight(a, 1e-3 * a, maximum=10.0) == 10
     assert not np.any(jax.grad(lambda a: losses.adaptive_weight(a, 2 * a[::-1]))(a))
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_codebook_loss_and_its_gradients_match_torch(torch, rng, legacy):
+    z, codes = rng.normal(size=(2, 2, 3, 4, 5)).astype(np.float32)
+    t_z, t_codes = torch.tensor(z, requires_grad=True), torch.tensor(codes, requires_grad=True)
+    commitment, codebook = ((t_codes.detach() - t_z) ** 2).mean(), ((t_codes - t_z.detach()) ** 2).mean()
+    expected = commitment + 0.3 * codebook if legacy else 0.3 * commitment + codebook
+    expected.backward()
+    value, grads = jax.value_and_grad(lambda *a: losses.codebook_loss(*a, 0.3, legacy), (0, 1))(z, codes)
+    np.testing.assert_allclose(value, expected.item(), rtol=1e-6)
+    np.testing.assert_allclose(grads[0], t_z.grad.numpy(), rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(grads[1], t_codes.grad.numpy(), rtol=1e-5, atol=1e-8)
+
+
+def test_codebook_metrics_of_a_known_histogram():
+    indices = jnp.array([[0, 0], [3, 3], [3, 1], [1, 0]])  # counts 3 2 0 3 of 5 codes
+    found = losses.codebook_metrics(indices, 5)
+    p = np.array([3, 2, 3]) / 8
+    np.testing.assert_allclose(found["codebook_usage"], 3 / 5)
+    np.testing.assert_allclose(found["codebook_perplexity"], np.exp(-(p * np.log(p)).sum()), rtol=1e-6)
+
+
+def test_explicit_loss_is_a_sum_over_the_latent_and_its_target_may_be_constant(rng):
+    moved, encoded = rng.normal(size=(2, 3, 2, 2, 4)).astype(np.float32)
+    for stop, sign in ((False, -1), (True, 0)):
+        value, grads = jax.value_and_grad(partial(losses.explicit_loss, stop_gradient=stop), (0, 1))(moved, encoded)
+        np.testing.assert_allclose(value, ((moved - encoded) ** 2).sum() / 3, rtol=1e-6)
+        np.testing.assert_allclose(grads[0], 2 * (moved - encoded) / 3, rtol=1e-6)
+        np.testing.assert_allclose(grads[1], sign * grads[0], rtol=1e-6)

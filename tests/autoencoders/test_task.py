@@ -1,6 +1,5 @@
 """The EQ step: its programs, its gradients against one monolithic loss, and what must not change it."""
 
-import functools
 import os
 import subprocess
 import sys
@@ -10,60 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from ml_collections import ConfigDict
+from small_task import MODEL, adam_means, batch_of, random_params, small_config, start, where_draw_is
 
 from eqvae_jax import equivariance
 from eqvae_jax.autoencoders import losses
 from eqvae_jax.autoencoders.discriminator import PatchDiscriminator
-from eqvae_jax.autoencoders.kl import AutoencoderKL
 from eqvae_jax.autoencoders.objective import to_float
 from eqvae_jax.autoencoders.task import autoencoder_task, check
 from eqvae_jax.training.compilation import CompileLedger
 from eqvae_jax.training.sharding import make_mesh, put
 from eqvae_jax.weights import load_autoencoder
 
-MODEL = AutoencoderKL(channels=4, multipliers=(1, 2), blocks_per_level=1, groups=2, latent_channels=2)
-
-
-def small_config(**changes):
-    config = ConfigDict(dict(
-        seed=3, ema_decay=0.0, training=dict(accumulate=1, steps=8), mesh=dict(data=-1, fsdp=1, min_shard_size=8),
-        optimizer=dict(learning_rate=1e-3, schedule="constant", warmup_steps=0, b1=0.5, b2=0.9, eps=1e-8,
-                       weight_decay=0.0, clip_norm=0.0),
-        loss=dict(perceptual_weight=0.0, kl_weight=1e-3, disc_weight=0.0, disc_factor=1.0, disc_start=0, disc_width=4,
-                  disc_layers=1, logvar=0.0),
-        equivariance=dict(sizes=(6,), turns=(1, 2, 3), p_equivariance=0.5, p_low_resolution=0.5, anisotropic=False,
-                          method="bilinear", antialias=False),
-        data=dict(image_size=16, batch_size=4, evaluation_batch_size=4)))
-    for name, value in changes.items():
-        section, _, field = name.partition("__")
-        config[section][field] = value
-    return config
-
 
 @pytest.fixture(scope="module")
 def params():
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
-    return jax.tree.map(lambda s: (rng.normal(size=s.shape) * 0.3).astype(np.float32), shapes)
-
-
-def batch_of(rows, seed=0):
-    rng = np.random.default_rng(seed)
-    image = rng.integers(0, 256, (rows, 16, 16, 3), dtype=np.uint8)
-    return {"image": image, "index": np.arange(rows, dtype=np.int32) + 40}
-
-
-def start(config, params, mesh=None):
-    mesh = mesh or make_mesh(config.mesh)
-    task = autoencoder_task(config, MODEL, params, mesh)
-    state = jax.jit(lambda init, key: init(key), out_shardings=task.shardings)(task.init, jax.random.key(config.seed))
-    return task, state, functools.partial(put, mesh)
-
-
-def adam_means(opt_state):
-    """Adam's first moments, which after one step are (1 - b1) x the gradient."""
-    return optax.tree_utils.tree_get(opt_state, "mu")
+    return random_params()
 
 
 def whole_loss(config, tau, batch, critic=None):
@@ -87,13 +47,6 @@ def whole_loss(config, tau, batch, critic=None):
         return nll, g, posterior.kl().mean()
 
     return reconstruct
-
-
-def where_draw_is(where):
-    for seed in range(100):
-        tau = equivariance.draw_tau(seed, 0, sizes=(6,), p_low_resolution=0.5)
-        if tau.where == where:
-            return seed, tau
 
 
 @pytest.mark.parametrize("where", ["latent", "image", "none"])
@@ -251,7 +204,8 @@ def test_sizes_that_do_not_fit_are_refused(change, message):
 
 def test_eight_devices_agree_with_one():
     environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"}
-    code = f"import runpy; runpy.run_path({__file__!r})['compare_meshes']()"
+    here = os.path.dirname(__file__)
+    code = f"import runpy, sys; sys.path.insert(0, {here!r}); runpy.run_path({__file__!r})['compare_meshes']()"
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
 

@@ -1,0 +1,49 @@
+"""EQ fine-tuning of VQ-GAN (taming-transformers' imagenet_f16_1024): tau acts on the features before quantisation.
+
+Variants as configs/eq_sdvae.py. Sources: [T] taming-transformers' imagenet_vqgan.yaml and VQLPIPSWithDiscriminator; the
+transform and what is not named here are those of eq_sdvae.py, since no VQ code was released.
+"""
+
+from pathlib import Path
+from runpy import run_path
+
+sdvae = run_path(str(Path(__file__).with_name("eq_sdvae.py")))  # wherever this is started from
+
+
+def get_config(variant="paper"):
+    return sdvae["choose"](variant, "eq_vqgan", paper, quickstart, smoke)
+
+
+def paper():
+    config = with_codebook(sdvae["paper"]())
+    config.published.update(reference="taming:FILE, with last.ckpt of taming-transformers' vqgan_imagenet_f16_1024",
+                            preset="vqgan")
+    config.data.batch_per_device = 12  # [T]
+    config.training.accumulate = 1  # [T]
+    # [T] starts its discriminator at step 250,001, which the published weights have behind them.
+    config.loss.update(disc_weight=0.8, disc_start=0)  # [T]
+    config.optimizer.learning_rate = 4.3e-4  # [T] 4.5e-6 x 8 GPUs x batch 12
+    # Sixteenths: of the released grid of 32nds every other size is no whole number of 16-pixel latents.
+    config.equivariance.sizes = tuple(range(4, 16))
+    return config
+
+
+def quickstart():
+    config = with_codebook(sdvae["quickstart"]())
+    config.init = "init:vqgan-quickstart"
+    return config
+
+
+def smoke():
+    config = with_codebook(sdvae["smoke"]())
+    config.init = "init:vqgan-smoke"
+    return config
+
+
+def with_codebook(config):
+    """A KL recipe turned into VQ-GAN's: a codebook loss in the place of the posterior's; losses are means."""
+    del config.loss.kl_weight
+    config.loss.codebook_weight = 1.0  # [T]
+    config.loss.codebook_beta = 0.25  # [T]
+    config.loss.codebook_legacy = True  # [T] beta weighs the codebook's part, not the commitment as VQ-VAE has it
+    return config
