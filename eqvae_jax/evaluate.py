@@ -5,22 +5,19 @@
     python -m eqvae_jax.evaluate equivariance --autoencoder=control=workdir:RUNS/control \\
         --autoencoder=EQ=workdir:RUNS/eq --images=photos:test --image_size=64
 
-reconstruction: PSNR, SSIM, L1 and, with --lpips, LPIPS of D(E(x)).
+reconstruction: PSNR, SSIM, L1 and, with --lpips, LPIPS of D(E(x)); of a VQ model also the use of its codes.
 equivariance: R (quarter turns) and S (scales) of the latent, and the pixel errors of D(tau E(x)).
 """
 
 import argparse
 import dataclasses
 import pathlib
-import re
 import sys
 
 from eqvae_jax import weights
 from eqvae_jax.backend import use_compilation_cache
 from eqvae_jax.data.images import TooManyBroken
 from eqvae_jax.evaluation import comparison, metrics, provenance, tables
-
-_NAMED = re.compile(r"([^=:/\\]+)=(.+)")  # NAME=REFERENCE; a reference's own "=" comes after its colon
 
 
 def main(arguments=None):
@@ -31,7 +28,7 @@ def main(arguments=None):
     try:
         protocol = _protocol(options)
         batches, broken = comparison.open_batches(protocol)
-        models = {name: weights.load_autoencoder(text) for name, text in named(options.autoencoder).items()}
+        models = {name: weights.load_autoencoder(text) for name, text in comparison.named(options.autoencoder).items()}
         lpips = weights.load_lpips(options.lpips) if options.lpips else None
         comparison.check(models, protocol, (options.measure,), lpips)
         path.parent.mkdir(parents=True, exist_ok=True)  # now, not after an hour of measuring
@@ -51,21 +48,6 @@ def main(arguments=None):
     return 0
 
 
-def named(references):
-    """["before=workdir:A", "workdir:B"] -> {"before": "workdir:A", "workdir:B": "workdir:B"}, in order.
-
-    Raises ValueError where two would share a name.
-    """
-    result = {}
-    for text in references:
-        match = _NAMED.fullmatch(text)
-        name, reference = match.groups() if match else (text, text)
-        if name in result:
-            raise ValueError(f"two autoencoders are called {name!r}: give each a name, as NAME=REFERENCE.")
-        result[name] = reference
-    return result
-
-
 def _protocol(options):
     """The command line as a Protocol: every field that the chosen command has an option for."""
     fields = {field.name for field in dataclasses.fields(comparison.Protocol)} & set(vars(options))
@@ -82,7 +64,7 @@ def _parser():
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
     add("--autoencoder", action="append", required=True, metavar="[NAME=]REFERENCE",
-        help="diffusers:DIR_OR_HUB_ID, ldm:FILE, workdir:DIR or init:PRESET; repeat it for more columns")
+        help="diffusers:DIR_OR_HUB_ID, ldm:FILE, taming:FILE, workdir:DIR or init:PRESET; repeat it for more columns")
     add("--images", required=True, metavar="REFERENCE",
         help="photos[:train|:test|:all], folder:DIR, arrayrecord:GLOB, tfds:NAME[:SPLIT] or idx:DIR[:test]")
     add("--image_size", type=int, default=256, metavar="N",
@@ -91,6 +73,9 @@ def _parser():
     add("--limit", type=int, metavar="N", help="this many images, spread evenly over the set (all)")
     add("--crops", type=int, default=1, metavar="N",
         help="1: ADM's centre crop; more: fixed random crops of each image (%(default)s)")
+    add("--min_crop", type=float, default=0.5, metavar="SHARE",
+        help="of the short side, the smallest random crop; one crop, the centre, ignores it (%(default)s)")
+    add("--max_crop", type=float, default=1.0, metavar="SHARE", help="the largest, likewise (%(default)s)")
     add("--posterior", choices=("mode", "sample"), default="mode",
         help="the latent that is decoded; the released evaluation samples (%(default)s)")
     add("--uint8", choices=tuple(metrics.UINT8_CONVENTIONS), default="round",

@@ -59,7 +59,8 @@ _TEXTS = {
         "The errors side by side",
         """Bar charts of R, S and the pixel errors, for each transform and their mean, one bar per model.""",
         """Lower is better everywhere. Above: the transformed latent against the latent of the transformed image.
-        Below: the picture decoded from the transformed latent against the transformed image.""",
+        Below: the picture decoded from the transformed latent against the transformed image; the line across a bar
+        is its floor, the error that is left when the image is transformed first.""",
     ),
     "curves": (
         "Training",
@@ -71,15 +72,16 @@ _TEXTS = {
 
 
 def compare(
-    runs, *, images, output, image_size=None, batch_size=8, limit=None, crops=1, lpips=None, shown=3, progress=True
-):
+    runs, *, images, output, image_size=None, batch_size=8, limit=None, crops=1, min_crop=0.5, max_crop=1.0,
+    lpips=None, shown=3, progress=True,
+):  # fmt: skip
     """Measures the autoencoders of several runs on the same images; writes metrics.json, figures, report.html.
 
     Args:
       runs: dict name -> workdir, in the table's order; changes are relative to "control", or to the first.
       images: a reference to images, best ones that were not trained on. output: a directory, made if need be.
       image_size: side in pixels; None takes the last run's data.image_size.
-      batch_size, limit, crops: as data.images.evaluation_batches.
+      batch_size, limit, crops, min_crop, max_crop: as data.images.evaluation_batches.
       lpips: parameters of features.lpips, to measure LPIPS too.
       shown: how many images the figures show, at most `batch_size`.
 
@@ -98,8 +100,9 @@ def compare(
     if not side:
         raise ValueError(f"{list(runs.values())[-1]}/config.json does not say data.image_size: give image_size.")
     protocol = comparison.Protocol(
-        images=images, image_size=side, batch_size=batch_size, limit=limit, crops=crops
-    )
+        images=images, image_size=side, batch_size=batch_size, limit=limit, crops=crops, min_crop=min_crop,
+        max_crop=max_crop,
+    )  # fmt: skip
     batches, broken = comparison.open_batches(protocol)
     models = {name: weights.load_autoencoder(f"workdir:{workdir}") for name, workdir in runs.items()}
     pathlib.Path(output).mkdir(parents=True, exist_ok=True)  # now, not after all that measuring
@@ -149,7 +152,8 @@ def write(document, exhibits, histories, output):
     paragraphs = [" ".join(text.split()) for text in _ABOUT]
     text = page.render(title, paragraphs, document, pictures, configs, _differing(configs))
     path = output / "report.html"
-    path.write_text(text, encoding="utf-8")
+    with provenance.whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
     return path
 
 
@@ -212,13 +216,17 @@ def main(arguments=None):
     use_compilation_cache()
     try:
         document = compare(
-            _named(options.runs) if options.runs else {pathlib.Path(options.workdir).resolve().name: options.workdir},
+            comparison.named(options.runs)
+            if options.runs
+            else {pathlib.Path(options.workdir).resolve().name: options.workdir},
             images=options.images,
             output=options.output,
             image_size=options.image_size,
             batch_size=options.batch_size,
             limit=options.limit,
             crops=options.crops,
+            min_crop=options.min_crop,
+            max_crop=options.max_crop,
             lpips=weights.load_lpips(options.lpips) if options.lpips else None,
         )
     except (ValueError, OSError, TooManyBroken) as error:
@@ -230,24 +238,14 @@ def main(arguments=None):
     return 0
 
 
-def _named(texts):
-    """["control=A", "EQ=B"] -> {"control": "A", "EQ": "B"}, in order."""
-    runs = {}
-    for text in texts:
-        name, _, workdir = text.partition("=")
-        if not name or not workdir or name in runs:
-            raise ValueError(f"--runs takes NAME=WORKDIR for each run and every name once, not {text!r}.")
-        runs[name] = workdir
-    return runs
-
-
 def _parser():
     parser = argparse.ArgumentParser(
         prog="python -m eqvae_jax.report", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--runs", nargs="+", metavar="NAME=WORKDIR", help="runs to compare with 'control' or the first")
+    which.add_argument("--runs", nargs="+", metavar="[NAME=]WORKDIR",
+                       help="runs to compare with 'control' or the first")
     which.add_argument("--workdir", metavar="DIR", help="one run")
     parser.add_argument("--output", required=True, metavar="DIR", help="where report.html and the rest goes")
     parser.add_argument("--images", default="photos:test", metavar="REFERENCE", help="of the images (%(default)s)")
@@ -255,6 +253,10 @@ def _parser():
     parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="images at a time (%(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="this many images, spread evenly over the set (all)")
     parser.add_argument("--crops", type=int, default=1, metavar="N", help="1: centre crop; more: random, but fixed (1)")
+    parser.add_argument("--min_crop", type=float, default=0.5, metavar="SHARE",
+                        help="of the short side, the smallest random crop; one crop ignores it (%(default)s)")
+    parser.add_argument("--max_crop", type=float, default=1.0, metavar="SHARE",
+                        help="the largest, likewise (%(default)s)")
     parser.add_argument("--lpips", metavar="REFERENCE", help="LPIPS weights, to measure LPIPS too")
     return parser
 

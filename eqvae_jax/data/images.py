@@ -64,11 +64,9 @@ def train_batches(source: Source, *, image_size: int, batch_size: int, seed: int
       TooManyBroken: while iterating, when broken_limit is exceeded after at least 100 examples, or when
         no readable record is found.
     """
-    rows = _check(source, image_size, batch_size, broken_limit)
+    rows = _check(source, image_size, batch_size, min_crop, max_crop, broken_limit)
     if crop not in ("random", "center"):
         raise ValueError(f"crop={crop!r} is neither 'random' nor 'center'")
-    if not 0 < min_crop <= max_crop <= 1:
-        raise ValueError(f"min_crop={min_crop}, max_crop={max_crop}: 0 < min_crop <= max_crop <= 1 must hold")
     if seed < 0 or start_step < 0 or workers < 0:
         raise ValueError(f"seed={seed}, start_step={start_step} and workers={workers} must not be negative")
 
@@ -98,15 +96,15 @@ def train_batches(source: Source, *, image_size: int, batch_size: int, seed: int
 
 
 def evaluation_batches(source: Source, *, image_size: int, batch_size: int, limit: int | None = None,
-                       crops: int = 1, broken_limit: float = 0.01,
+                       crops: int = 1, min_crop: float = 0.5, max_crop: float = 1.0, broken_limit: float = 0.01,
                        on_broken: Callable[[str, str], None] | None = None) -> "EvaluationBatches":
     """One pass over the source in order, the same each time: this process's rows of the global batches.
 
     Args:
-      source, image_size, batch_size, broken_limit, on_broken: as for train_batches.
+      source, image_size, batch_size, min_crop, max_crop, broken_limit, on_broken: as for train_batches.
       limit: how many records, spread evenly over the source (a folder is sorted by class); None for all.
-      crops: 1 takes ADM's centre crop of each record. More take that many random crops of 0.5..1 of the
-        short side, the same on every call: for sources of few, large images such as `photos:test`.
+      crops: 1 takes ADM's centre crop of each record. More take that many random crops of min_crop..max_crop
+        of the short side, the same on every call: for sources of few, large images such as `photos:test`.
     Returns:
       An iterable with len(), of batches like train_batches', where index is the record's number, plus mask
       bool (B,): False for the padding of the last batch and where a record was broken and stands
@@ -114,39 +112,40 @@ def evaluation_batches(source: Source, *, image_size: int, batch_size: int, limi
     Raises:
       ValueError, TooManyBroken: as train_batches.
     """
-    rows = _check(source, image_size, batch_size, broken_limit)
+    rows = _check(source, image_size, batch_size, min_crop, max_crop, broken_limit)
     if crops < 1 or (limit is not None and limit < 1):
         raise ValueError(f"crops={crops} and limit={limit} must be at least 1")
-    return EvaluationBatches(source, image_size, batch_size, rows, limit, crops, broken_limit, on_broken)
+    n = len(source) if limit is None else min(limit, len(source))
+    records = np.repeat(np.arange(n) * len(source) // n, crops)
+
+    def cut(image, position):
+        if crops == 1:
+            return center_crop(image, image_size)
+        return random_crop(image, image_size, np.random.default_rng(position), min_crop, max_crop)
+
+    return EvaluationBatches(source, records, cut, image_size, batch_size, rows, broken_limit, on_broken)
 
 
 class EvaluationBatches:
     """What evaluation_batches returns."""
 
-    def __init__(self, source, image_size, batch_size, rows, limit, crops, broken_limit, on_broken):
-        self._source, self._size, self._batch_size, self._rows = source, image_size, batch_size, rows
-        self._crops, self._broken_limit, self._on_broken = crops, broken_limit, on_broken
-        n = len(source) if limit is None else min(limit, len(source))
-        self._records = np.repeat(np.arange(n) * len(source) // n, crops)
+    def __init__(self, source, records, cut, image_size, batch_size, rows, broken_limit, on_broken):
+        self._source, self._records, self._cut, self._size = source, records, cut, image_size
+        self._batch_size, self._rows, self._broken_limit, self._on_broken = batch_size, rows, broken_limit, on_broken
 
     def __len__(self):
         return math.ceil(len(self._records) / self._batch_size)
 
     def __iter__(self):
-        total, size, crops = len(self._records), self._size, self._crops
+        total = len(self._records)
         positions = np.arange(len(self) * self._batch_size).reshape(len(self), -1, self._rows)
         positions = positions[:, jax.process_index()].ravel()                     # this process's rows
 
-        def cut(image, position):
-            if crops == 1:
-                return center_crop(image, size)
-            return random_crop(image, size, np.random.default_rng(position))
-
         # Past the end the last example is repeated, so that every process has as many rows in every batch.
         padded = np.minimum(positions, total - 1)
-        examples = grain.MapDataset.source(padded).map(_Load(self._source, self._records, cut))
+        examples = grain.MapDataset.source(padded).map(_Load(self._source, self._records, self._cut))
         tally = _Tally(self._source, self._broken_limit, self._on_broken)
-        for step, batch in enumerate(_read(examples, self._rows, size, workers=0)):
+        for step, batch in enumerate(_read(examples, self._rows, self._size, workers=0)):
             mask = positions[step * self._rows : (step + 1) * self._rows] < total
             broken = batch["broken"]
             tally.add(broken[: mask.sum()], batch["image"] is None)  # the padding is last
@@ -240,12 +239,14 @@ class _Tally:
                                 "Repair or remove them, or raise broken_limit if they may be left out.")
 
 
-def _check(source, image_size, batch_size, broken_limit) -> int:
+def _check(source, image_size, batch_size, min_crop, max_crop, broken_limit) -> int:
     """How many rows of each global batch are this process's."""
     if len(source) == 0:
         raise ValueError(f"{source!r} holds no example")
     if image_size < 1 or batch_size < 1:
         raise ValueError(f"image_size={image_size} and batch_size={batch_size} must be at least 1")
+    if not 0 < min_crop <= max_crop <= 1:
+        raise ValueError(f"min_crop={min_crop}, max_crop={max_crop}: 0 < min_crop <= max_crop <= 1 must hold")
     if not 0 <= broken_limit <= 1:
         raise ValueError(f"broken_limit={broken_limit} is not a fraction between 0 and 1")
     if batch_size % jax.process_count():

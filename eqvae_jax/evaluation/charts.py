@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from eqvae_jax.evaluation.figures import WIDTH, colors, plain, styled
 
+_CODEBOOK = ("codebook_usage", "codebook_perplexity")  # higher is better, in training as in evaluation
 _HIGHER = ("psnr", "ssim")  # of the evaluation's metrics; the others are errors
 _LOSSES = ("nll", "l1", "lpips")  # of the training metrics; the others have no better or worse
 _BOOKKEEPING = ("step", "split", "branch_", "skipped", "learning_rate")
@@ -85,6 +86,8 @@ def curves(runs, keys=None):
 def bars(results):
     """Bars of R, S and the pixel errors, one per model, lower is better; the value stands on each bar.
 
+    A line across a bar of a pixel error is its floor, the error of D(E(tau x)).
+
     results: dict name -> flat metrics of `reconstruction.equivariance_errors`.
     """
     panels = [
@@ -109,6 +112,11 @@ def bars(results):
             heights = [value or 0.0 for value in values]
             drawn = axis.bar(places, heights, 0.92 * width, color=color[name], label=plain(name))
             size = 5.2 if len(results) < 4 else 4.5
+            if prefix == "pixel_l1":
+                floors = np.array([column.get(key.replace("pixel_", "floor_")) for key, _ in groups], np.float64)
+                at = np.isfinite(floors)
+                left, right = places[at] - 0.46 * width, places[at] + 0.46 * width
+                axis.hlines(floors[at], left, right, color="0.15", linewidth=0.8)
             axis.bar_label(drawn, [_short(value) for value in values], fontsize=size, padding=1.5)
         axis.set_xticks(range(len(groups)), [text for _, text in groups])
         axis.tick_params(axis="x", length=0)
@@ -124,7 +132,9 @@ def bars(results):
 def _title(split, key):
     """Two lines: what is drawn, and which way is better where there is one."""
     name = plain(key.replace("_", " ")) + (", dB" if "psnr" in key else "")
-    if split == "eval":
+    if key in _CODEBOOK:
+        direction = "higher is better"
+    elif split == "eval":
         direction = "higher is better" if key.split("/")[0].removeprefix("pixel_") in _HIGHER else "lower is better"
     else:
         direction = "lower is better" if key in _LOSSES else ""

@@ -4,13 +4,14 @@ The result is one JSON-ready dict, written as metrics.json by the doors and read
 
     results        name -> {metric: float or None}     as reconstruction.reconstruct and equivariance_errors
     baseline       the name that changes are relative to
-    autoencoders   name -> reference, hash, kind, scale, shift, downsampling factor, parameters
+    autoencoders   name -> reference, hash, kind, scale, shift, downsampling factor, parameters[, codebook_size]
     images         reference, count, image_size, crop, broken images left out
     protocol       posterior, uint8 convention, interpolation, seed ... and each transform's true sizes
     software       versions, devices, commit, time;  command
 """
 
 import dataclasses
+import re
 import sys
 
 import jax
@@ -21,6 +22,28 @@ from eqvae_jax.evaluation import metrics, provenance, reconstruction, tables
 from eqvae_jax.features.lpips import SMALLEST as LPIPS_SMALLEST
 
 MEASURES = ("reconstruction", "equivariance")
+_NAMED = re.compile(r"([^=:/\\]+)=(.+)")  # NAME=REFERENCE; a reference's own "=" comes after its colon or slash
+
+
+def named(texts):
+    """["before=workdir:A", "workdir:B"] -> {"before": "workdir:A", "workdir:B": "workdir:B"}, in order.
+
+    The columns of a command line: references or workdirs, each with a name of its own before it or not.
+
+    Raises:
+      ValueError: two would share a name.
+    """
+    result = {}
+    for text in texts:
+        match = _NAMED.fullmatch(text)
+        name, reference = match.groups() if match else (text, text)
+        if name in result:
+            raise ValueError(
+                f"two columns are called {name!r}, {result[name]} and {reference}: give each its own name, as "
+                f"NAME={reference}."
+            )
+        result[name] = reference
+    return result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +51,8 @@ class Protocol:
     """Every choice that changes a number. Defaults are ours; the released evaluation decodes a sample instead.
 
     images: a reference for data.sources.open_source; limit: how many records, None for all; crops: 1 for
-    ADM's centre crop, more for that many fixed random crops of each record.
+    ADM's centre crop, more for that many fixed random crops of each record, of min_crop..max_crop of its short
+    side.
     posterior: which latent is decoded, "mode" or "sample"; uint8: one of metrics.UINT8_CONVENTIONS.
     interpolation, antialias: of tau, as equivariance.apply_tau; turns, scales: the transforms of R and S.
     """
@@ -38,6 +62,8 @@ class Protocol:
     batch_size: int = 8
     limit: int | None = None
     crops: int = 1
+    min_crop: float = 0.5
+    max_crop: float = 1.0
     posterior: str = "mode"
     uint8: str = "round"
     interpolation: str = "bilinear"
@@ -68,6 +94,8 @@ def open_batches(protocol):
         batch_size=protocol.batch_size,
         limit=protocol.limit,
         crops=protocol.crops,
+        min_crop=protocol.min_crop,
+        max_crop=protocol.max_crop,
         on_broken=broken.__setitem__,
     )
     return batches, broken
@@ -135,7 +163,7 @@ def compare(models, protocol, measures=MEASURES, *, lpips=None, batches=None, br
         results[name] = {}
         if "reconstruction" in measures:
             results[name] |= reconstruction.reconstruct(
-                encode, decode, params, batches, lpips=lpips, **options
+                encode, decode, params, batches, assign=reconstruction.assignment(model), lpips=lpips, **options
             )
         if "equivariance" in measures:
             results[name] |= reconstruction.equivariance_errors(
@@ -151,9 +179,7 @@ def compare(models, protocol, measures=MEASURES, *, lpips=None, batches=None, br
                 "reference": protocol.images,
                 "count": counts.pop(),
                 "image_size": protocol.image_size,
-                "crop": "ADM centre crop"
-                if protocol.crops == 1
-                else f"{protocol.crops} fixed random crops of each image",
+                "crop": _crop(protocol),
                 "broken": dict(broken),
             },
             "protocol": dataclasses.asdict(protocol)
@@ -173,8 +199,15 @@ def compare(models, protocol, measures=MEASURES, *, lpips=None, batches=None, br
     )
 
 
+def _crop(protocol):
+    if protocol.crops == 1:
+        return "ADM centre crop"
+    share = f"{protocol.min_crop:g} to {protocol.max_crop:g} of its short side"
+    return f"{protocol.crops} fixed random crops of each image, {share}"
+
+
 def _describe(model, params, spec):
-    return {
+    description = {
         "reference": spec.reference,
         "hash": spec.hash,
         "kind": spec.kind,
@@ -183,6 +216,8 @@ def _describe(model, params, spec):
         "downsampling": model.downsampling,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
     }
+    assign = reconstruction.assignment(model)
+    return description | ({"codebook_size": assign[1]} if assign else {})
 
 
 def _sizes(transform):

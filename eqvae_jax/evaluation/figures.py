@@ -11,6 +11,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from eqvae_jax.evaluation.provenance import whole
+
 WIDTH, HEIGHT = 6.75, 9.0  # inches: what a two-column conference page holds
 _STYLE = {
     "font.family": "DejaVu Sans",  # ships with matplotlib: the same figure on every machine
@@ -57,17 +59,16 @@ def plain(text):
 
 
 def save(figure, path):
-    """Writes PATH.png (200 dots per inch) and PATH.pdf; `path` has no suffix. Returns both paths."""
+    """Writes PATH.png (200 dots per inch) and PATH.pdf, each whole; `path` has no suffix. Returns both paths."""
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = [path.with_name(f"{path.name}.{suffix}") for suffix in ("png", "pdf")]
+    png, pdf = (path.with_name(f"{path.name}.{suffix}") for suffix in ("png", "pdf"))
     with matplotlib.rc_context(_STYLE):
-        figure.savefig(written[0], dpi=200)
+        with whole(png) as partial:
+            figure.savefig(partial, format="png", dpi=200)
         figure.set_layout_engine("none")  # places are found by now; finding them again takes most of the time
-        figure.savefig(
-            written[1], dpi=200, metadata={"CreationDate": None}
-        )  # the same bytes from the same arrays
-    return written
+        with whole(pdf) as partial:  # without a date: the same bytes from the same arrays
+            figure.savefig(partial, format="pdf", dpi=200, metadata={"CreationDate": None})
+    return [png, pdf]
 
 
 def pca_rgb(latent, image=None):

@@ -1,4 +1,4 @@
-"""What an image pair is worth: PSNR, SSIM, L1, MSE, the latent equivariance error, and masked means.
+"""What an image pair is worth: PSNR, SSIM, L1, MSE, masked means of them, and how a codebook is used.
 
 Every metric takes batches and returns one value per image, (B,) float32, so that averages are taken once, at
 the end, over real images only. Images are (B, H, W, C) in [-1, 1].
@@ -117,3 +117,34 @@ class Means:
     def count(self):
         """How many images were averaged."""
         return max(self._counts.values(), default=0)
+
+
+class CodeCounts:
+    """How often each of `size` codes is used over a set of images, in whole numbers on the host."""
+
+    def __init__(self, size):
+        self._counts = np.zeros(size, np.int64)
+
+    def add(self, indices, mask=None):
+        """indices: (B, h, w) in 0 .. size - 1; mask: (B,) bool, False for padding, whose codes are not counted."""
+        indices = np.asarray(indices)
+        real = indices if mask is None else indices[np.asarray(mask, bool)]
+        self._counts += np.bincount(real.ravel(), minlength=len(self._counts))
+
+    def result(self):
+        """{"codebook_usage": share of the codes used at least once, "codebook_perplexity": exp(-sum p log p)}.
+
+        p is a code's share of all assignments of the set. The perplexity is the size of a codebook that, used
+        evenly, would say as much: 1 where one code does all, `size` where all are equally frequent.
+
+        Raises:
+          ValueError: nothing was counted.
+        """
+        used = self._counts[self._counts > 0]
+        if not used.size:
+            raise ValueError("There is no image to count codes of: the evaluation set is empty.")
+        p = used / used.sum()
+        return {
+            "codebook_usage": used.size / self._counts.size,
+            "codebook_perplexity": float(np.exp(-np.sum(p * np.log(p)))),
+        }

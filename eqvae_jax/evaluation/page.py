@@ -72,6 +72,10 @@ td.text { overflow-wrap: anywhere; min-width: 8rem; }
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
+# Fields of the protocol that the line about the images says already.
+_IN_IMAGES = ("images", "image_size", "crops", "min_crop", "max_crop")
+
+
 class Picture(NamedTuple):
     """A PNG (bytes): its heading ("" continues the section), what it shows in words, what to look for."""
 
@@ -169,13 +173,15 @@ def _picture(picture):
 def _provenance(document):
     rows = []
     for name, model in document["autoencoders"].items():
-        text = f"{model['reference']}, {model['parameters']:,} parameters, weights {model['hash']}"
+        codes = f" with {model['codebook_size']:,} codes" if "codebook_size" in model else ""
+        text = f"{model['reference']}, kind {model['kind']}{codes}, {model['parameters']:,} parameters, "
+        text += f"weights {model['hash']}"
         rows.append([name, text])
     rows.append(["images", _images(document)])
     if document["images"]["broken"]:
         rows.append(["left out as broken", ", ".join(document["images"]["broken"])])
     for key, value in document["protocol"].items():
-        if isinstance(value, (str, int, float)) and key not in ("images", "image_size", "crops"):
+        if isinstance(value, (str, int, float)) and key not in _IN_IMAGES:
             rows.append([key.replace("_", " "), value])
     rows += [[key, value] for key, value in document["software"].items()]
     rows.append(["command", " ".join(document["command"])])

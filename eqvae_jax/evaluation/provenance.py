@@ -1,5 +1,6 @@
 """How a number was made: software, hardware and commit beside it, in JSON that any reader accepts."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -61,12 +62,21 @@ def finite(tree):
     return tree
 
 
-def write_json(path, document):
-    """Writes `document` as strict JSON, whole or not at all."""
+@contextlib.contextmanager
+def whole(path):
+    """Gives a path to write to; the file is at `path` once the block is done, and nowhere if it was interrupted."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(
-        json.dumps(finite(document), indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    partial.replace(path)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path, document):
+    """Writes `document` as strict JSON, whole or not at all."""
+    text = json.dumps(finite(document), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")

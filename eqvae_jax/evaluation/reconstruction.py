@@ -1,8 +1,9 @@
 """How well an autoencoder reconstructs, and how far it is from commuting with tau, over a set of images.
 
-`encode(params, x)` returns a posterior with `.mode()` and `.sample(key, index)`; `decode(params, z)` returns
-images. Both are static arguments of the few programs below, so they must be the same objects from call to
-call: `functions(model)` returns them, and equal models share them, and with them every compiled program.
+`encode(params, x)` returns a posterior with `.mode()` and `.sample(key, index)`, or a VQ model's Features before
+quantisation, which have nothing to sample; `decode(params, z)` returns images. Both are static arguments of the few
+programs below, so they must be the same objects from call to call: `functions(model)` returns them, and equal models
+share them, and with them every compiled program.
 
 An encoder and a decoder are compiled once per image size, not once per transform: a turned square image has
 the shape of the image, so the 2 x 6 networks of the paper's six transforms need 2 x 4 programs.
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from eqvae_jax import equivariance
 from eqvae_jax.autoencoders.objective import to_float
+from eqvae_jax.autoencoders.vq import Features
 from eqvae_jax.evaluation import metrics
 from eqvae_jax.features.lpips import lpips as lpips_distance
 
@@ -52,6 +54,21 @@ def functions(model):
         return model.apply({"params": params}, z, method=model.decode)
 
     return encode, decode
+
+
+@functools.cache
+def assignment(model):
+    """(codes, K) of a model with a codebook: the function of (params, z) that gives indices (B,h,w), and their number.
+
+    None for a model without a codebook.
+    """
+    if not hasattr(model, "codebook_size"):
+        return None
+
+    def codes(params, z):
+        return model.apply({"params": params}, z, method=model.quantize).indices
+
+    return codes, model.codebook_size
 
 
 def latent_size(encode, decode, params, image_size):
@@ -100,14 +117,21 @@ def transforms(latent, factor, turns=PAPER_TURNS, scales=PAPER_SCALES):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(encode, params, x, key, number):
-    """x (B,H,W,3) -> {"mode", "sample"} (B,h,w,C); an image's noise comes from `key` and its `number`."""
+    """x (B,H,W,3) -> {"mode"[, "sample"]} (B,h,w,C); an image's noise comes from `key` and its `number`."""
     posterior = encode(params, x)
+    if isinstance(posterior, Features):
+        return {"mode": posterior.mode()}
     return {"mode": posterior.mode(), "sample": posterior.sample(key, number)}
 
 
+def _chosen(latents, posterior):
+    """The latent that is decoded: without noise to sample, the mode."""
+    return latents.get(posterior, latents["mode"])
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _decode(decode, params, z):
-    return decode(params, z)
+def _run(function, params, z):
+    return function(params, z)
 
 
 @functools.partial(jax.jit, static_argnames=("transform", "method", "antialias"))
@@ -138,9 +162,10 @@ def _reconstruction_scores(x, y, uint8, lpips):
 def _equivariance_scores(transform, target, moved, encoded, decoded, floor, uint8):
     target, decoded, floor = (metrics.as_displayed(image, uint8) for image in (target, decoded, floor))
     family, label = transform.family, transform.label
+    names = {"mode": family, "sample": f"{family}_sample"}
     return {
-        f"{family}/{label}": equivariance.relative_error(moved["mode"], encoded["mode"]),
-        f"{family}_sample/{label}": equivariance.relative_error(moved["sample"], encoded["sample"]),
+        f"{names[kind]}/{label}": equivariance.relative_error(moved[kind], encoded[kind]) for kind in moved
+    } | {
         f"pixel_l1/{label}": metrics.l1(decoded, target),
         f"pixel_psnr/{label}": metrics.psnr(decoded, target),
         f"floor_l1/{label}": metrics.l1(floor, target),
@@ -149,42 +174,37 @@ def _equivariance_scores(transform, target, moved, encoded, decoded, floor, uint
 
 
 def reconstruct(
-    encode, decode, params, batches, *, lpips=None, posterior="mode", uint8="round", seed=0, progress=True
+    encode, decode, params, batches, *, assign=None, lpips=None, posterior="mode", uint8="round", seed=0, progress=True
 ):
-    """Means over a set of images of the errors of D(E(x)).
+    """Means over a set of images of the errors of D(E(x)), and which codes E(x) uses.
 
     Args:
       batches: iterable of {"image": uint8 (B,H,W,3), "mask": bool (B,)}, as data.images.evaluation_batches.
+      assign: from `assignment`; None for a model without a codebook.
       lpips: parameters of features.lpips, or None to leave LPIPS out.
       posterior: "mode" or "sample", the latent that is decoded. The released evaluation samples.
       uint8: one of metrics.UINT8_CONVENTIONS; PSNR, SSIM, L1 and MSE are those of the 8-bit images, with
         differences in units of the [-1, 1] range.
 
     Returns:
-      {"psnr", "ssim", "l1", "mse"[, "lpips"]: float, "count": images measured}.
+      {"psnr", "ssim", "l1", "mse"[, "lpips"]: float, "count": images measured}, and with a codebook
+      "codebook_usage" and "codebook_perplexity" of the whole set, as metrics.CodeCounts.
     """
-    means, key = metrics.Means(), jax.random.key(seed)
+    codes, size = assign or (None, 0)
+    means, counts, key = metrics.Means(), metrics.CodeCounts(size), jax.random.key(seed)
     with jax.default_matmul_precision("highest"):  # the accelerators' default is TF32 or bf16
-        for x, number, mask, placed in _placed(batches, params, progress, "reconstruction"):
-            z = _encode(encode, placed, x, key, number)[posterior]
-            means.add(_reconstruction_scores(x, _decode(decode, placed, z), uint8, lpips), mask)
-    return means.result() | {"count": means.count()}
+        for x, number, mask, placed in placed_batches(batches, params, progress, "reconstruction"):
+            z = _chosen(_encode(encode, placed, x, key, number), posterior)
+            means.add(_reconstruction_scores(x, _run(decode, placed, z), uint8, lpips), mask)
+            if codes:
+                counts.add(_run(codes, placed, z), mask)
+    return means.result() | (counts.result() if codes else {}) | {"count": means.count()}
 
 
 def equivariance_errors(
-    encode,
-    decode,
-    params,
-    batches,
-    chosen,
-    *,
-    posterior="mode",
-    uint8="round",
-    method="bilinear",
-    antialias=False,
-    seed=0,
-    progress=True,
-):
+    encode, decode, params, batches, chosen, *, posterior="mode", uint8="round", method="bilinear", antialias=False,
+    seed=0, progress=True,
+):  # fmt: skip
     """Means over a set of images of how far the autoencoder is from commuting with each tau.
 
     Args: as `reconstruct`, and
@@ -193,20 +213,23 @@ def equivariance_errors(
 
     Returns a flat dict of floats. For each transform's label (90, 180, 270, 0.25 ...):
       R/label, S/label              the latent error of posterior modes; R_sample/, S_sample/ of samples,
-                                    where E(x) and E(tau x) have independent noise
+                                    where E(x) and E(tau x) have independent noise; not for VQ models,
+                                    which have none
       pixel_l1/label, pixel_psnr/   D(tau E(x)) against tau x: what EQ-VAE trains
       floor_l1/label, floor_psnr/   D(E(tau x)) against tau x: what is left when tau comes first
-    the mean over each family's transforms (R, S, R_sample, S_sample, pixel_l1/R, pixel_l1/S ...) and "count".
+    the mean over each family's transforms (R, S, R_sample, S_sample, pixel_l1/R, pixel_l1/S ...), "count", and
+      excess_l1/R, excess_l1/S      pixel_l1 less floor_l1: what commuting costs beside reconstruction itself;
+                                    it can be negative
     """
     means, key = metrics.Means(), jax.random.key(seed)
     with jax.default_matmul_precision("highest"):
-        for x, number, mask, placed in _placed(batches, params, progress, "equivariance"):
+        for x, number, mask, placed in placed_batches(batches, params, progress, "equivariance"):
             z = _encode(encode, placed, x, key, number)
             for draw, transform in enumerate(chosen, start=1):
                 target, moved = _move(x, z, transform, method, antialias)
                 encoded = _encode(encode, placed, target, jax.random.fold_in(key, draw), number)
-                decoded = _decode(decode, placed, moved[posterior])
-                floor = _decode(decode, placed, encoded[posterior])
+                decoded = _run(decode, placed, _chosen(moved, posterior))
+                floor = _run(decode, placed, _chosen(encoded, posterior))
                 means.add(
                     _equivariance_scores(transform, target, moved, encoded, decoded, floor, uint8), mask
                 )
@@ -222,12 +245,12 @@ def pictures(encode, decode, params, batch, chosen, *, method="bilinear", antial
     """
     shown = {"target": {}, "moved": {}}
     with jax.default_matmul_precision("highest"):
-        for x, number, _, placed in _placed([batch], params, False, ""):
+        for x, number, _, placed in placed_batches([batch], params, False, ""):
             z = _encode(encode, placed, x, jax.random.key(0), number)
-            shown |= {"image": x, "latent": z["mode"], "reconstruction": _decode(decode, placed, z["mode"])}
+            shown |= {"image": x, "latent": z["mode"], "reconstruction": _run(decode, placed, z["mode"])}
             for transform in chosen:
                 shown["target"][transform.label], moved = _move(x, z, transform, method, antialias)
-                shown["moved"][transform.label] = _decode(decode, placed, moved["mode"])
+                shown["moved"][transform.label] = _run(decode, placed, moved["mode"])
     clipped = lambda image: np.clip(jax.device_get(image), -1.0, 1.0)
     return {
         "image": clipped(shown["image"]),  # 255 comes back from the device as 1.0000001
@@ -239,18 +262,20 @@ def pictures(encode, decode, params, batch, chosen, *, method="bilinear", antial
 
 
 def _family_means(values, chosen):
-    """Each family's mean over its transforms: R from R/90, R/180, R/270; pixel_l1/R from pixel_l1/90 ..."""
+    """Means over each family's transforms (R from R/90, R/180, R/270; pixel_l1/R from pixel_l1/90 ...), and excess."""
     result = {}
     for family in dict.fromkeys(transform.family for transform in chosen):
         labels = [transform.label for transform in chosen if transform.family == family]
-        for prefix, name in [(family, family), (f"{family}_sample", f"{family}_sample")] + [
-            (pixel, f"{pixel}/{family}") for pixel in ("pixel_l1", "pixel_psnr", "floor_l1", "floor_psnr")
-        ]:
-            result[name] = float(np.mean([values[f"{prefix}/{label}"] for label in labels]))
+        names = {family: family, f"{family}_sample": f"{family}_sample"}
+        names |= {pixel: f"{pixel}/{family}" for pixel in ("pixel_l1", "pixel_psnr", "floor_l1", "floor_psnr")}
+        for prefix, name in names.items():
+            if f"{prefix}/{labels[0]}" in values:
+                result[name] = float(np.mean([values[f"{prefix}/{label}"] for label in labels]))
+        result[f"excess_l1/{family}"] = result[f"pixel_l1/{family}"] - result[f"floor_l1/{family}"]
     return result
 
 
-def _placed(batches, params, progress, name):
+def placed_batches(batches, params, progress, name):
     """Yields (x float32 in [-1, 1], number, mask, params), the batch spread over this process's devices.
 
     A batch that the devices do not divide stays on the first. `number` is each row's place in the whole pass;

@@ -15,7 +15,8 @@ class Row(NamedTuple):
 
 
 _PIXELS = "Pixel error of D(tau E(x)) against tau x"
-_FLOOR = "Pixel error of D(E(tau x)) against tau x (tau first)"
+_FLOOR = "Floor: pixel error of D(E(tau x)) against tau x (tau first)"
+_EXCESS = "Above the floor: pixel error of D(tau E(x)) less that of D(E(tau x))"
 
 
 def groups(results):
@@ -38,6 +39,10 @@ def groups(results):
             lower("lpips", "LPIPS", mean=False),
             lower("l1", "mean |difference|, of [-1, 1]", mean=False),
         ],
+        "Codebook": [
+            Row("codebook_usage", "share of the codes in use", "higher", 4, "difference"),
+            Row("codebook_perplexity", "perplexity of the codes", "higher", 1, "difference"),
+        ],
         "Equivariance error of the latent": [
             *each("R", "R"), lower("R", "R, mean of the turns"),
             *each("S", "S"), lower("S", "S, mean of the scales"),
@@ -55,6 +60,10 @@ def groups(results):
         f"{_FLOOR}, mean |difference|": [
             lower("floor_l1/R", "mean of the turns"),
             lower("floor_l1/S", "mean of the scales"),
+        ],
+        f"{_EXCESS}, mean |difference|": [  # around zero, where a percentage would say nothing
+            Row("excess_l1/R", "mean of the turns", "lower", 4, "difference", mean=True),
+            Row("excess_l1/S", "mean of the scales", "lower", 4, "difference", mean=True),
         ],
     }
     present = [(heading, [row for row in rows if row.key in keys]) for heading, rows in table.items()]
@@ -79,7 +88,7 @@ def best(row, results):
 
 def cell(row, value):
     """A value as text; "n/a" for one that is missing or was not finite."""
-    return "n/a" if value is None else f"{value:.{row.digits}f}"
+    return "n/a" if value is None else f"{value:z.{row.digits}f}"
 
 
 def change(row, results, name, reference):
@@ -88,7 +97,7 @@ def change(row, results, name, reference):
     if name == reference or value is None or old is None or (row.change == "percent" and old == 0):
         return ""
     if row.change == "difference":
-        return f"{value - old:+.{row.digits}f}"
+        return f"{value - old:+z.{row.digits}f}"
     return f"{round(100 * (value / old - 1)):+d}%"
 
 

@@ -1,4 +1,4 @@
-"""Batches: the same examples from any start, number of processes or workers; broken images; limits."""
+"""Training batches: the same examples from any start, number of processes or workers; broken images; limits."""
 
 import itertools
 import os
@@ -7,39 +7,16 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
+from memory_source import Memory, assert_equal, joined, pretend
 from PIL import Image
 
 from eqvae_jax.data.cropping import center_crop, random_crop
-from eqvae_jax.data.decoding import BrokenExample
-from eqvae_jax.data.images import TooManyBroken, evaluation_batches, train_batches
+from eqvae_jax.data.images import TooManyBroken, train_batches
 from eqvae_jax.data.sources import open_source
 
 SIZE = 8
-
-
-class Memory:
-    """n noise images whose label is their number; those in `broken` cannot be read."""
-
-    def __init__(self, n, broken=()):
-        self.n, self.broken = n, frozenset(broken)
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, i):
-        if i in self.broken:
-            raise BrokenExample(self.name(i), "spoilt")
-        rng = np.random.default_rng(i)
-        return {"image": rng.integers(0, 256, (12 + i % 5, 17, 3), np.uint8), "label": i}
-
-    def name(self, i):
-        return f"{i}.png"
-
-    def __repr__(self):
-        return f"Memory({self.n})"
 
 
 def batches(source, count, **options):
@@ -49,22 +26,6 @@ def batches(source, count, **options):
         return list(itertools.islice(iterator, count))
     finally:
         iterator.close()
-
-
-def joined(batches):
-    return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        assert a[key].dtype == b[key].dtype
-        np.testing.assert_array_equal(a[key], b[key], key)
-
-
-def pretend(monkeypatch, index, count):
-    monkeypatch.setattr(jax, "process_index", lambda: index)
-    monkeypatch.setattr(jax, "process_count", lambda: count)
 
 
 def test_batches_are_what_the_seed_and_the_position_say():
@@ -229,61 +190,6 @@ def test_folder_with_a_broken_jpeg(tmp_path):
     assert [name for name, _ in reports] == ["2.jpg"] and "truncated" in reports[0][1]
 
 
-def test_evaluation_is_one_padded_pass_of_centre_crops():
-    source = Memory(10)
-    data = evaluation_batches(source, image_size=SIZE, batch_size=4)
-    first, again = list(data), list(data)
-    assert len(data) == len(first) == 3
-    x = joined(first)
-    assert_equal(x, joined(again))
-    assert x["mask"].tolist() == [True] * 10 + [False] * 2
-    assert x["index"].tolist() == x["label"].tolist() == [*range(10), 9, 9]
-    for i in range(10):
-        np.testing.assert_array_equal(x["image"][i], center_crop(source[i]["image"], SIZE))
-
-
-def test_evaluation_of_part_is_spread_over_the_source():
-    x = joined(list(evaluation_batches(Memory(10), image_size=SIZE, batch_size=5, limit=5)))
-    assert x["index"].tolist() == [0, 2, 4, 6, 8] and x["mask"].all()
-    assert len(evaluation_batches(Memory(10), image_size=SIZE, batch_size=5, limit=99)) == 2
-
-
-def test_evaluation_of_many_crops():
-    source = Memory(3)
-    x = joined(list(evaluation_batches(source, image_size=SIZE, batch_size=4, crops=4)))
-    assert x["index"].tolist() == [0] * 4 + [1] * 4 + [2] * 4 and x["mask"].all()
-    assert len(np.unique(x["image"], axis=0)) == 12
-    y = joined(list(evaluation_batches(source, image_size=SIZE, batch_size=6, crops=4)))
-    assert_equal(x, y)
-
-
-def test_evaluation_over_two_processes(monkeypatch):
-    source = Memory(9)
-    whole = list(evaluation_batches(source, image_size=SIZE, batch_size=4))
-    halves = []
-    for k in range(2):
-        pretend(monkeypatch, k, 2)
-        halves.append(list(evaluation_batches(source, image_size=SIZE, batch_size=4)))
-    for one, first, second in zip(whole, *halves, strict=True):
-        assert_equal(one, joined([first, second]))
-
-
-def test_evaluation_masks_what_is_broken():
-    reports = []
-    data = evaluation_batches(Memory(10, broken=[3, 9]), image_size=SIZE, batch_size=4,
-                              on_broken=lambda *report: reports.append(report))
-    x = joined(list(data))
-    assert x["mask"].tolist() == [True] * 3 + [False] + [True] * 5 + [False] * 3
-    assert x["index"].tolist() == [*range(10), 9, 9] and x["label"][3] == 4 and x["label"][9] == 0
-    assert reports == [("3.png", "spoilt"), ("9.png", "spoilt")]
-    few = Memory(98, broken=[97])  # padded to 100 examples by repeating the last, which counts once
-    assert sum(batch["mask"].sum() for batch in evaluation_batches(few, image_size=SIZE, batch_size=10)) == 97
-    with pytest.raises(TooManyBroken, match="3 of 100 examples are broken"):
-        list(evaluation_batches(Memory(200, broken=[3, 50, 70]), image_size=SIZE, batch_size=4))
-    with pytest.raises(TooManyBroken, match="no readable image"):
-        list(evaluation_batches(Memory(2, broken=[0, 1]), image_size=SIZE, batch_size=4))
-
-
 @pytest.mark.parametrize("wrong, says", [
     ({"batch_size": 0}, "batch_size=0"), ({"image_size": 0}, "image_size=0"), ({"seed": -1}, "seed=-1"),
     ({"min_crop": 0.0}, "min_crop=0.0"), ({"min_crop": 0.9, "max_crop": 0.5}, "max_crop=0.5"),
@@ -298,10 +204,6 @@ def test_arguments_that_cannot_work_fail_at_once(wrong, says):
 def test_other_arguments_that_cannot_work(monkeypatch):
     with pytest.raises(ValueError, match=r"Memory\(0\) holds no example"):
         train_batches(Memory(0), image_size=SIZE, batch_size=4, seed=0)
-    with pytest.raises(ValueError, match="limit=0"):
-        evaluation_batches(Memory(3), image_size=SIZE, batch_size=4, limit=0)
     pretend(monkeypatch, 0, 3)
     with pytest.raises(ValueError, match="batch_size=4 does not divide over 3 processes"):
         train_batches(Memory(3), image_size=SIZE, batch_size=4, seed=0)
-    with pytest.raises(ValueError, match="batch_size=4 does not divide over 3 processes"):
-        evaluation_batches(Memory(3), image_size=SIZE, batch_size=4)

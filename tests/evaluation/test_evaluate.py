@@ -75,9 +75,10 @@ def test_reconstruction_takes_a_limit_and_says_what_is_not_finite(run, folder, m
         (("--image_size=8",), "use larger images"),
         (("--images=nonsense",), "photos"),
         (("--images=folder:/nowhere",), "/nowhere"),
-        (("--autoencoder=a=toy:1",), "two autoencoders are called 'a'"),
+        (("--autoencoder=a=toy:1",), "two columns are called 'a'"),
         (("--turns", "--scales"), "at least one turn or scale"),
         (("--turns", "4"), "not 4"),
+        (("--crops=2", "--min_crop=0.9", "--max_crop=0.8"), "min_crop=0.9, max_crop=0.8"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_computed(run, folder, monkeypatch, arguments, message):
@@ -90,6 +91,19 @@ def test_what_cannot_work_is_refused_before_anything_is_computed(run, folder, mo
     assert code == 2 and message in err and not compiled and document is None
 
 
+def test_random_crops_are_of_the_share_that_was_asked_for_and_say_so(run, folder):
+    arguments = ("reconstruction", "--autoencoder=toy:0", f"--images={folder}", "--image_size=32", "--crops=2")
+    _, _, _, usual = run(*arguments)
+    _, out, _, whole = run(*arguments, "--min_crop=0.75", "--max_crop=1")
+    assert usual["images"]["crop"] == "2 fixed random crops of each image, 0.5 to 1 of its short side"
+    assert whole["images"]["crop"] == "2 fixed random crops of each image, 0.75 to 1 of its short side"
+    assert whole["images"]["count"] == usual["images"]["count"] == 10
+    # A larger part of the picture at the same size has more detail to lose.
+    assert whole["results"]["toy:0"]["psnr"] < usual["results"]["toy:0"]["psnr"] - 0.1
+    _, _, _, centre = run(*arguments[:-1], "--min_crop=0.75")
+    assert centre["images"]["crop"] == "ADM centre crop"
+
+
 def test_small_images_have_no_ssim(run, folder):
     code, _, err, _ = run("reconstruction", "--autoencoder=toy:0", f"--images={folder}", "--image_size=8")
     assert code == 2 and "SSIM needs images of at least 11" in err
@@ -99,10 +113,3 @@ def test_help_has_examples(capsys):
     with pytest.raises(SystemExit) as exit:
         evaluate.main(["--help"])
     assert exit.value.code == 0 and "--images=photos:test" in capsys.readouterr().out
-
-
-def test_names_may_stand_before_a_reference_that_has_an_equals_sign():
-    assert evaluate.named(["EQ=workdir:/a=b", "ldm:/c=d.ckpt"]) == {
-        "EQ": "workdir:/a=b",
-        "ldm:/c=d.ckpt": "ldm:/c=d.ckpt",
-    }

@@ -1,7 +1,7 @@
 import io
 import json
 
-import matplotlib
+import matplotlib.figure
 import numpy as np
 import pytest
 from PIL import Image
@@ -80,6 +80,35 @@ def test_bars_stand_for_the_numbers_and_leave_out_what_was_not_measured():
     found = texts(figure)
     assert ".50" in found and ".12" in found and "n/a" in found and "90°" in found
     figure.savefig(io.BytesIO())  # draws every text
+
+
+def test_titles_say_which_way_is_better_where_there_is_one():
+    titles = {("train", "codebook_usage"): "higher", ("eval", "codebook_perplexity"): "higher", ("train", "kl"): "",
+              ("train", "l1"): "lower", ("eval", "rotation_error_90"): "lower", ("eval", "ssim"): "higher"}
+    for (split, key), way in titles.items():
+        assert charts._title(split, key).split("\n")[1] == (f"{way} is better" if way else "")
+
+
+def test_a_line_across_the_bar_of_a_pixel_error_is_its_floor():
+    shared = {"R/90": 0.5, "R": 0.5, "pixel_l1/90": 0.3, "pixel_l1/R": 0.3}
+    floors = {"control": (0.1, 0.2), "EQ": (None, 0.25)}
+    results = {name: shared | {"floor_l1/90": turn, "floor_l1/R": mean} for name, (turn, mean) in floors.items()}
+    latent, pixels = [axis for axis in charts.bars(results).axes if axis.get_visible()]
+    lines = [[path.vertices for path in collection.get_paths()] for collection in pixels.collections]
+    assert [[path[0, 1] for path in paths] for paths in lines] == [[0.1, 0.2], [0.25]] and not latent.collections
+    for path, bar in zip(lines[0] + lines[1], [*pixels.containers[0], pixels.containers[1][1]], strict=True):
+        assert path[:, 0] == pytest.approx([bar.get_x(), bar.get_x() + bar.get_width()])
+
+
+def test_an_interrupted_figure_leaves_nothing(monkeypatch, tmp_path):
+    def interrupted(self, path, **options):
+        open(path, "wb").write(b"half a picture")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        figures.save(matplotlib.figure.Figure(), tmp_path / "figures" / "one")
+    assert list(tmp_path.glob("figures/*")) == []
 
 
 def test_short_numbers():

@@ -92,3 +92,23 @@ def test_means_show_a_broken_image_and_refuse_an_empty_set():
         means.result()
     means.add({"error": np.array([np.nan, 2.0])})
     assert np.isnan(means.result()["error"])
+
+
+def test_codes_are_counted_over_the_whole_set_without_padding():
+    counts = metrics.CodeCounts(6)
+    counts.add(np.array([[[0, 0], [0, 1]], [[1, 3], [0, 0]]]))  # five of 0, two of 1, one of 3
+    counts.add(np.array([[[3, 1], [1, 1]], [[5, 5], [5, 5]]], np.int32), np.array([True, False]))
+    p = np.array([5, 5, 2]) / 12
+    result = counts.result()
+    assert result["codebook_usage"] == 3 / 6
+    assert result["codebook_perplexity"] == pytest.approx(np.prod(p**-p))  # exp(-sum p log p)
+
+
+def test_perplexity_is_one_for_one_code_and_their_number_for_all_alike():
+    one, all_alike = np.full((2, 4, 4), 3), np.arange(32).reshape(2, 4, 4) % 16
+    for indices, usage, perplexity in [(one, 1 / 16, 1), (all_alike, 1, 16)]:
+        counts = metrics.CodeCounts(16)
+        counts.add(indices)
+        assert counts.result() == {"codebook_usage": usage, "codebook_perplexity": pytest.approx(perplexity)}
+    with pytest.raises(ValueError, match="empty"):
+        metrics.CodeCounts(16).result()

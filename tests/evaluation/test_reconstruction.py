@@ -4,6 +4,8 @@ import pytest
 from toy_autoencoder import Posterior, enlarge, pool
 
 from eqvae_jax import equivariance
+from eqvae_jax.autoencoders.presets import PRESETS
+from eqvae_jax.autoencoders.vq import Features
 from eqvae_jax.evaluation import reconstruction
 
 
@@ -186,3 +188,43 @@ def test_an_oblong_image_turns_into_its_own_shape(rng):
     images = rng.integers(0, 256, (2, 8, 16, 3), dtype=np.uint8)
     result = errors(pooling, upsampling, images, batch=2, turns=(1,), scales=())
     assert result["R"] == pytest.approx(0, abs=1e-10)
+
+
+def test_features_without_noise_have_no_column_of_samples(rng):
+    images = photographs(rng, 3, 16)
+    features = lambda params, x: Features(ramping(params, x).mode())
+    plain, result = errors(ramping, upsampling, images), errors(features, upsampling, images)
+    assert set(plain) - set(result) == {key for key in plain if "_sample" in key} and len(plain) - len(result) == 6
+    assert result == {key: pytest.approx(plain[key], rel=1e-6) for key in result}
+    asked = errors(features, upsampling, images, posterior="sample")  # as one of several columns may be
+    assert asked == result
+
+
+def test_the_excess_is_the_pixel_error_above_its_floor(rng):
+    images = photographs(rng, 3, 8)
+    result = errors(ramping, upsampling, images, scales=(0.5,))
+    for family, labels in {"R": ("90", "180", "270"), "S": ("0.5",)}.items():
+        expected = np.mean([result[f"pixel_l1/{label}"] - result[f"floor_l1/{label}"] for label in labels])
+        assert result[f"excess_l1/{family}"] == pytest.approx(expected) and abs(expected) > 1e-4
+    assert errors(pooling, upsampling, images, scales=())["excess_l1/R"] == pytest.approx(0, abs=1e-7)
+
+
+def test_codes_of_the_whole_set_are_counted_without_padding(rng):
+    images = photographs(rng, 5, 12) // 2  # the padding is brighter than any of them
+    code = lambda params, z: jnp.floor((z[..., 0] + 1) * 4).astype(jnp.int32)  # eight levels of red
+    result = reconstruction.reconstruct(pooling, upsampling, PARAMS, batches_of(images, 2), assign=(code, 10))
+    indices = np.floor((np.asarray(pool(images / 127.5 - 1, 2))[..., 0] + 1) * 4)
+    levels, counts = np.unique(indices, return_counts=True)
+    p = counts / counts.sum()
+    assert 1 < len(levels) < 8 and p.sum() == 1
+    assert result["codebook_usage"] == len(levels) / 10
+    assert result["codebook_perplexity"] == pytest.approx(np.exp(-np.sum(p * np.log(p))))
+    assert result["count"] == 5
+
+
+def test_only_models_with_a_codebook_assign_codes():
+    codes, size = reconstruction.assignment(PRESETS["vqgan-smoke"].model)
+    assert size == 16 and reconstruction.assignment(PRESETS["smoke"].model) is None
+    codebook = np.arange(16, dtype=np.float32)[:, None] * np.ones(4, np.float32)
+    z = np.array([2.1, 7.6, -3, 40], np.float32).reshape(1, 2, 2, 1) * np.ones(4, np.float32)
+    assert codes({"codebook": codebook}, z).tolist() == [[[2, 8], [0, 15]]]

@@ -117,8 +117,9 @@ def test_one_run_has_no_comparison(workdirs, compared, tmp_path, capsys, monkeyp
     ("arguments", "message"),
     [
         (["--runs", "a=/nowhere"], "/nowhere is not the workdir of a run"),
-        (["--runs", "a"], "NAME=WORKDIR"),
-        (["--runs", "a=CONTROL", "a=CONTROL"], "every name once"),
+        (["--runs", "nowhere"], "nowhere is not the workdir of a run"),
+        (["--runs", "a=CONTROL", "a=CONTROL"], "two columns are called 'a'"),
+        (["--workdir=CONTROL", "--crops=2", "--max_crop=0"], "max_crop=0"),
         (["--workdir=CONTROL", "--images=nonsense"], "nonsense"),
         (["--workdir=CONTROL", "--image_size=33"], "take 32 or 36"),
     ],

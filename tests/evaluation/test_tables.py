@@ -51,6 +51,23 @@ def test_one_column_has_neither_stars_nor_changes():
     assert tables.verdict(DOCUMENT | {"results": {"EQ": RESULTS["EQ"]}, "baseline": "EQ"}) == ""
 
 
+def test_codebooks_and_what_is_above_the_floor_have_groups_of_their_own():
+    keys = ("codebook_usage", "codebook_perplexity", "floor_l1/R", "excess_l1/R")
+    results = {
+        "KL": {"floor_l1/R": 0.1, "excess_l1/R": 0.05},
+        "VQ": dict(zip(keys, (0.5, 100.04, 0.2, 0.01), strict=True)),
+        "EQ": dict(zip(keys, (0.75, 120.0, 0.15, -0.02), strict=True)),
+    }
+    text = tables.format_table(DOCUMENT | {"results": results, "baseline": "VQ"})
+    assert line(text, "share of the codes") == "share of the codes in use higher n/a 0.5000 0.7500* (+0.2500)".split()
+    assert line(text, "perplexity")[-4:] == ["n/a", "100.0", "120.0*", "(+20.0)"]
+    above = text.split("Above the floor")[1]  # differences: the numbers are around zero
+    assert line(above, "mean of the turns")[4:] == "lower 0.0500 (+0.0400) 0.0100 -0.0200* (-0.0300)".split()
+    assert "%" not in above
+    assert "Codebook" not in tables.format_table(DOCUMENT)
+    assert tables.cell(tables.Row("", "", "lower", 4, "difference"), -1e-6) == "0.0000"  # without a sign
+
+
 def test_the_verdict_states_factors_either_way():
     expected = "EQ against control: R 3.00x lower, pixel error under turns 3.20x lower, PSNR 0.50 dB lower."
     assert tables.verdict(DOCUMENT) == expected
@@ -70,6 +87,9 @@ def test_json_has_no_nan_and_is_written_whole(tmp_path):
     assert loaded == {"a": [None, 1.5], "b": {"c": None}, "3": "ü"}
     with pytest.raises(TypeError):
         provenance.write_json(path, {"a": object()})
+    with pytest.raises(KeyboardInterrupt), provenance.whole(path) as partial:
+        partial.write_text("half a")
+        raise KeyboardInterrupt
     assert json.loads(path.read_text(encoding="utf-8")) == loaded
     assert [file.name for file in path.parent.iterdir()] == ["metrics.json"]
 
