@@ -22,7 +22,7 @@ ALLOWED = {
     "weights": {"features", "autoencoders", "training"},
     "evaluation": {"equivariance", "features", "autoencoders", "weights", "data"},
 }
-DOORS = {"main", "evaluate", "report"}
+DOORS = {"main", "evaluate", "report", "convert"}
 
 
 def part(module):
