@@ -25,6 +25,7 @@ def choose(variant, file, *functions):
 
 def paper():
     config = ConfigDict()
+    config.task = "autoencoder"  # of main.TASKS
     config.seed = 23  # [C]
 
     # Weights to start from: diffusers:DIR_OR_HUB_ID, ldm:FILE, taming:FILE, workdir:DIR, or init:PRESET, random ones.

@@ -9,6 +9,7 @@ Any value of the config is a flag: --config.optimizer.learning_rate=1e-4. The sa
 newest checkpoint in the workdir.
 """
 
+import importlib
 import sys
 import time
 from pathlib import Path
@@ -23,141 +24,29 @@ FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "What to train: FILE.py or FILE.py:VARIANT.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Directory for checkpoints, metrics.jsonl, event files and reports.")
 
-NEEDS = """This config needs:
-{needs}
-Try it without either, on photographs that ship with the installed packages and on random weights:
-  --config.data.train=photos --config.init=init:{preset}
-or see the method work in minutes on a CPU: --config=configs/eq_sdvae.py:quickstart"""
-NEEDS_DATA = """  images to train on: --config.data.train=folder:DIR (any tree of JPEG or PNG files), arrayrecord:GLOB,
-    tfds:NAME. The paper's are the 1.7 million of OpenImages.
-    To shard a folder: python -m eqvae_jax.data.preparation --help"""
-NEEDS_INIT = """  weights to start from: --config.init={published},
-    or another of diffusers:DIR_OR_HUB_ID, ldm:FILE, taming:FILE, workdir:DIR (a run of this project)."""
-NEEDS_LPIPS = """  weights of the perceptual loss: --config.loss.lpips_weights=download (553 MB), or a directory
-    that holds vgg16-397923af.pth and vgg.pth, or a file with both (a .ckpt of latent-diffusion or
-    taming-transformers has them; as config.init it is looked into of itself);
-    or --config.loss.perceptual_weight=0 to train without."""
+TASKS = {"autoencoder": "eqvae_jax.run.autoencoder", "classifier": "eqvae_jax.run.classifier"}
 
 
-CARRIERS = ("ldm:", "taming:")  # their files may hold the loss's networks beside the autoencoder
-
-
-def refuse(config, needs):
-    """Raises ValueError with what a config needs, if anything."""
-    if needs:
-        raise ValueError(NEEDS.format(needs="\n".join(needs), preset=config.published.preset))
+def task_of(config):
+    """The module of `eqvae_jax.run` that trains a config."""
+    if config.task not in TASKS:
+        raise ValueError(f"task is {config.task!r}; it must be one of {', '.join(TASKS)}.")
+    return importlib.import_module(TASKS[config.task])
 
 
 def preflight(config):
-    """Resolves and checks what can be checked without JAX; raises ValueError that says what to set.
-
-    `init:` starts from random weights, which is a trial of the machinery and nothing the recipe could fine-tune:
-    there the perceptual loss, unless its weights are named, is off, and the log says so.
-    """
-    needs = [] if config.data.train else [NEEDS_DATA]
-    needs += [] if config.init else [NEEDS_INIT.format(published=config.published.reference)]
-    if config.loss.perceptual_weight and not config.loss.lpips_weights:
-        if config.init.startswith("init:"):
-            logging.warning("%s is random weights and loss.lpips_weights is not set: the perceptual loss is off.",
-                            config.init)
-            config.loss.perceptual_weight = 0.0
-        elif config.init and not (config.loss.from_init and config.init.startswith(CARRIERS)):
-            needs.append(NEEDS_LPIPS)
-    refuse(config, needs)
-    for name in ("p_equivariance", "p_low_resolution"):
-        if not 0 <= config.equivariance[name] <= 1:
-            raise ValueError(f"equivariance.{name} is {config.equivariance[name]}; it is a probability, 0 to 1.")
-    for name in ("steps", "accumulate"):
-        if config.training[name] < 1:
-            raise ValueError(f"training.{name} is {config.training[name]}; it must be at least 1.")
+    """Resolves and checks what can be checked without JAX; raises ValueError that says what to set."""
+    if config.training.steps < 1:
+        raise ValueError(f"training.steps is {config.training.steps}; it must be at least 1.")
     if config.seed < 0:
         raise ValueError(f"seed is {config.seed}; it must not be negative.")
-    if config.model.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f'model.dtype is {config.model.dtype!r}; it must be "float32" or "bfloat16".')
+    task_of(config).preflight(config)
 
 
 def train(config, workdir):
     """Trains one config in `workdir`, going on where a former run stopped; returns 0, or 1 if it was interrupted."""
     preflight(config)
-    from clu import parameter_overview
-
-    from eqvae_jax import weights
-    from eqvae_jax.autoencoders import presets
-    from eqvae_jax.autoencoders.task import autoencoder_task, check
-    from eqvae_jax.data.images import evaluation_batches, train_batches
-    from eqvae_jax.data.sources import open_source
-    from eqvae_jax.training import loop
-    from eqvae_jax.training.sharding import make_mesh
-    from eqvae_jax.training.workdir import saved_value
-
-    mesh, data, accumulate = make_mesh(config.mesh), config.data, config.training.accumulate
-    model, params, spec = weights.load_autoencoder(config.init, seed=config.seed)
-    model = model.clone(dtype=config.model.dtype, remat=config.model.remat)
-    if not data.batch_size:  # a run keeps the batch it began with when it goes on with other devices
-        data.batch_size = (saved_value(workdir, "data.batch_size")
-                           or data.batch_per_device * mesh.size * accumulate)
-    check(config, model, mesh)
-    with config.unlocked():  # what weights.load_autoencoder("workdir:...") rebuilds the model from
-        config.autoencoder = presets.describe(model) | dict(scale=spec.scale, shift=spec.shift)
-    lpips, critic = loss_networks(config)
-
-    source, held_out = open_source(data.train), open_source(data.evaluation)
-    batches = loop.Data(
-        train=lambda start: train_batches(
-            source, image_size=data.image_size, batch_size=data.batch_size, seed=config.seed, crop=data.crop,
-            flip=data.flip, min_crop=data.min_crop, max_crop=data.max_crop, start_step=start, workers=data.workers,
-            broken_limit=data.broken_limit),
-        evaluation=lambda: evaluation_batches(
-            held_out, image_size=data.image_size, batch_size=data.evaluation_batch_size,
-            limit=data.evaluation_limit or None, crops=data.evaluation_crops, min_crop=data.min_crop,
-            max_crop=data.max_crop, broken_limit=data.broken_limit))
-    describe(config, model, mesh, len(source), parameter_overview.count_parameters(params))
-    task = autoencoder_task(config, model, params, mesh, lpips, critic)
-    state = loop.train(task, batches, config, workdir, mesh)
-    return int(int(state.step) < config.training.steps)
-
-
-def loss_networks(config):
-    """(parameters of LPIPS or None, a trained discriminator's variables or None) of a config, and resolves its logvar.
-
-    Released training checkpoints hold both networks: a discriminator that knows this autoencoder spares the new one's
-    first, wild steps. Raises ValueError where LPIPS is needed and not found, or a discriminator is of another shape.
-    """
-    from eqvae_jax import weights
-
-    loss = config.loss
-    found = weights.load_loss(config.init) if loss.from_init else weights.LossWeights()
-    lpips = critic = None
-    if loss.perceptual_weight:
-        lpips = weights.load_lpips(loss.lpips_weights) if loss.lpips_weights else found.lpips
-        refuse(config, [] if lpips else [NEEDS_LPIPS])
-    if loss.disc_weight and found.discriminator:
-        shape = (found.discriminator.width, found.discriminator.layers)
-        if shape != (loss.disc_width, loss.disc_layers):
-            raise ValueError(
-                f"the discriminator in {config.init} has width {shape[0]} and {shape[1]} layers, the config "
-                f"{loss.disc_width} and {loss.disc_layers}: set --config.loss.disc_width={shape[0]} "
-                f"--config.loss.disc_layers={shape[1]}, or --config.loss.from_init=False to start a new one.")
-        critic = {"params": found.discriminator.params, "batch_stats": found.discriminator.batch_stats}
-        print(f"{config.init}: going on with the discriminator in it.")
-    if found.logvar is not None:
-        loss.logvar = found.logvar
-    return lpips, critic
-
-
-def describe(config, model, mesh, images, parameters):
-    """Prints, before the first step, the numbers that decide what a run costs and does."""
-    data, accumulate, eq = config.data, config.training.accumulate, config.equivariance
-    print(f"{data.train}: {images:,} images at {data.image_size} pixels. {config.init}: {parameters:,} parameters, "
-          f"computed in {config.model.dtype}.\nBatch {data.batch_size} = {mesh.size} devices x "
-          f"{data.batch_size // (mesh.size * accumulate)} x accumulation {accumulate}.", end=" ")
-    if eq.p_equivariance or eq.p_low_resolution:
-        side = data.image_size // model.downsampling
-        print(f"tau: {len(eq.sizes)} scales from {min(eq.sizes) / side:.3g} to {max(eq.sizes) / side:.3g}, "
-              f"P(equivariance) {eq.p_equivariance}, P(low resolution) "
-              f"{(1 - eq.p_equivariance) * eq.p_low_resolution:.3g}.")
-    else:
-        print("Plain training, without tau.")
+    return task_of(config).train(config, workdir)
 
 
 def stages_of(config, workdir):

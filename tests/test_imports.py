@@ -20,9 +20,9 @@ ALLOWED = {
     "training": set(),
     "autoencoders": {"equivariance", "features", "training"},
     "weights": {"features", "autoencoders", "training"},
-    "evaluation": {"equivariance", "features", "autoencoders", "weights", "data"},
+    "evaluation": {"equivariance", "features", "autoencoders", "weights", "data", "training"},
 }
-DOORS = {"main", "evaluate", "report", "convert"}
+DOORS = {"main", "run", "evaluate", "report", "convert"}
 
 
 def part(module):
