@@ -21,6 +21,7 @@ setup(
         "numpy>=1.26",
         "ml-dtypes>=0.5",
         "absl-py>=2.0",
+        "scipy>=1.11",
         # decoding, progress, event files, figures, weights
         "pillow>=10.1",
         "tqdm>=4.60",
@@ -29,7 +30,7 @@ setup(
         "matplotlib>=3.8",
         "safetensors>=0.4",
         "huggingface-hub>=0.25",
-        # the photographs of `photos`
+        # the photographs of `photos`; neighbours for the intrinsic dimension
         "scikit-image>=0.22",
         "scikit-learn>=1.4",
     ],
@@ -39,6 +40,8 @@ setup(
         # torch and what is built on it are references to measure against; the package never imports them. Pinned
         # together: torchvision (which lpips needs) asks for exactly one torch.
         "test": ["pytest>=8", "torch==2.13.0", "torchvision==0.28.0", "diffusers>=0.35", "lpips==0.1.4",
+                 "pytorch-fid==0.3.0", "torch-fidelity==0.4.0", "torchmetrics==1.9.0",
+                 "scipy<1.18",  # pytorch-fid calls sqrtm(disp=), which 1.18 takes away
                  "cloudpickle", "ruff>=0.9"],
         "dev": ["eqvae_jax[test]", "tensorboard", "jupyterlab"],
     },

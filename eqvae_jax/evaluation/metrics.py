@@ -58,19 +58,34 @@ def _window_means(length):
     return matrix
 
 
-def ssim(x, y, data_range=2.0):
+def ssim(x, y, data_range=2.0, border="valid"):
     """Structural similarity (Wang et al. 2004), (B,): Gaussian 11 x 11 window, sigma 1.5, K1 = .01, K2 = .03.
 
-    Only windows that lie inside the image count (a "valid" filter: 5 pixels are lost on each side), with the
+    With the defaults only windows that lie inside the image count (5 pixels are lost on each side), with the
     population variance, and channels are averaged: scikit-image's `structural_similarity` with
     gaussian_weights=True, sigma=1.5, use_sample_covariance=False. Values are not clipped here.
 
+    Args:
+      data_range: of the values; None for the larger of the two images' own ranges, as in the released evaluation
+        (torchmetrics' default, one image at a time).
+      border: "valid", which is also that of torchmetrics up to 1.4.1, or "reflect", that of later versions.
+
     Raises:
-      ValueError: an image side is below 11 pixels.
+      ValueError: an image side is below 11 pixels, or another border.
     """
+    if border not in ("valid", "reflect"):
+        raise ValueError(f'border is {border!r}; it must be "valid" or "reflect".')
     height, width = x.shape[1:3]
     if min(height, width) < SSIM_WINDOW:
         raise ValueError(f"SSIM needs images of at least 11 x 11 pixels, got {height} x {width}.")
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    if data_range is None:
+        spread = lambda image: jnp.ptp(image, axis=(1, 2, 3))[:, None, None, None]
+        data_range = jnp.maximum(spread(x), spread(y))
+    if border == "reflect":
+        half = SSIM_WINDOW // 2
+        x, y = (jnp.pad(image, ((0, 0), (half, half), (half, half), (0, 0)), mode="reflect") for image in (x, y))
+        height, width = x.shape[1:3]
     vertical, horizontal = _window_means(height), _window_means(width)
 
     def smooth(image):  # the window is separable: two banded matrix products per channel
@@ -78,7 +93,6 @@ def ssim(x, y, data_range=2.0):
             "ih,bhwc,jw->bijc", vertical, image, horizontal, precision=jax.lax.Precision.HIGHEST
         )
 
-    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     mean_x, mean_y = smooth(x), smooth(y)
     variance_x = smooth(x * x) - mean_x * mean_x
     variance_y = smooth(y * y) - mean_y * mean_y

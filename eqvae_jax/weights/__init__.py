@@ -8,11 +8,26 @@ from eqvae_jax.weights.autoencoders import (
     save_autoencoder,
 )
 from eqvae_jax.weights.errors import WeightsError
+from eqvae_jax.weights.inception import InceptionSpec, fetch_inception, load_inception
 from eqvae_jax.weights.loss_networks import Critic, LossWeights, load_loss
 from eqvae_jax.weights.lpips import fetch_lpips, load_lpips
 from eqvae_jax.weights.references import Reference, parse_reference
 
 __all__ = [
-    "AutoencoderSpec", "Critic", "LossWeights", "Opened", "Reference", "WeightsError", "fetch_lpips",
-    "load_autoencoder", "load_loss", "load_lpips", "open_autoencoder", "parse_reference", "save_autoencoder",
+    "AutoencoderSpec",
+    "Critic",
+    "InceptionSpec",
+    "LossWeights",
+    "Opened",
+    "Reference",
+    "WeightsError",
+    "fetch_inception",
+    "fetch_lpips",
+    "load_autoencoder",
+    "load_inception",
+    "load_loss",
+    "load_lpips",
+    "open_autoencoder",
+    "parse_reference",
+    "save_autoencoder",
 ]
