@@ -16,18 +16,19 @@ def get_config(variant="paper"):
 
 def paper():
     config = sdvae["paper"]()
-    config.published.update(reference="diffusers:stabilityai/stable-diffusion-3-medium-diffusers/vae (gated)",
-                            preset="sd3")
+    config.preset = "sd3"
     return config
 
 
 def quickstart():
     config = sdvae["quickstart"]()
+    config.preset = "sd3"
     config.init = "init:sd3-quickstart"
     return config
 
 
 def smoke():
     config = sdvae["smoke"]()
+    config.preset = "sd3"
     config.init = "init:sd3-smoke"
     return config

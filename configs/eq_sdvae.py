@@ -9,6 +9,7 @@ and code, [P] the paper.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config(variant="paper"):
@@ -30,8 +31,7 @@ def paper():
 
     # Weights to start from: diffusers:DIR_OR_HUB_ID, ldm:FILE, taming:FILE, workdir:DIR, or init:PRESET, random ones.
     config.init = ""
-    # Where the paper's are, for the message that asks for them, and the preset of the same graph.
-    config.published = dict(reference="diffusers:stabilityai/sd-vae-ft-ema (335 MB)", preset="sd")
+    config.preset = "sd"  # whose latent scale and shift weights have where their file does not say
     config.model = dict(
         dtype="bfloat16",  # of convolutions; parameters, normalisation, softmax and losses are float32
         remat=True,  # 0.55 instead of 2.76 GiB of activations an image
@@ -69,7 +69,7 @@ def paper():
         lpips_weights="",  # file or directory of LPIPS weights, or "download"; "": those in config.init's file
         disc_weight=0.5, disc_factor=1.0, disc_start=0,  # [C]
         disc_width=64, disc_layers=3,  # [C] PatchGAN
-        logvar=0.0,  # [C] constant: in no optimizer there
+        logvar=placeholder(float),  # [C] constant: in no optimizer there. None: config.init's, where it says, or 0
         from_init=True,  # go on with the discriminator, logvar and LPIPS of config.init, where its file has them
         explicit_weight=0.1,  # [P] table 7; only equivariance.objective="explicit..." uses it
     )

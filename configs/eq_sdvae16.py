@@ -15,7 +15,7 @@ def get_config(variant="paper"):
 
 def paper():
     config = sdvae["paper"]()
-    config.published.update(reference="ldm:FILE, with model.ckpt of latent-diffusion's kl-f16", preset="sd16")
+    config.preset = "sd16"
     # Sixteenths: of the released grid of 32nds every other size is no whole number of 16-pixel latents.
     config.equivariance.sizes = tuple(range(4, 16))
     return config
@@ -24,6 +24,7 @@ def paper():
 def quickstart():
     """At f = 8, the most that 64 pixels leave anything of to turn."""
     config = sdvae["quickstart"]()
+    config.preset = "sd16"
     config.init = "init:sd16-quickstart"
     config.data.image_size = 64
     config.equivariance.sizes = (2, 4, 6, 8)  # of 8
@@ -32,5 +33,6 @@ def quickstart():
 
 def smoke():
     config = sdvae["smoke"]()
+    config.preset = "sd16"
     config.init = "init:sd16-smoke"
     return config

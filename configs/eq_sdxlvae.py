@@ -15,14 +15,17 @@ def get_config(variant="paper"):
 
 
 def paper():
-    config = sdvae["paper"]()
-    config.published.update(reference="diffusers:stabilityai/sdxl-vae", preset="sdxl")
-    return config
+    return with_preset(sdvae["paper"]())
 
 
 def quickstart():
-    return sdvae["quickstart"]()  # small, the two are one graph
+    return with_preset(sdvae["quickstart"]())  # small, the two are one graph
 
 
 def smoke():
-    return sdvae["smoke"]()
+    return with_preset(sdvae["smoke"]())
+
+
+def with_preset(config):
+    config.preset = "sdxl"
+    return config

@@ -16,8 +16,7 @@ def get_config(variant="paper"):
 
 def paper():
     config = with_codebook(sdvae["paper"]())
-    config.published.update(reference="taming:FILE, with last.ckpt of taming-transformers' vqgan_imagenet_f16_1024",
-                            preset="vqgan")
+    config.preset = "vqgan"
     config.data.batch_per_device = 12  # [T]
     config.training.accumulate = 1  # [T]
     # [T] starts its discriminator at step 250,001, which the published weights have behind them.
@@ -30,12 +29,14 @@ def paper():
 
 def quickstart():
     config = with_codebook(sdvae["quickstart"]())
+    config.preset = "vqgan"
     config.init = "init:vqgan-quickstart"
     return config
 
 
 def smoke():
     config = with_codebook(sdvae["smoke"]())
+    config.preset = "vqgan"
     config.init = "init:vqgan-smoke"
     return config
 

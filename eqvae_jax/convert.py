@@ -64,7 +64,7 @@ def convert(options):
     opened = weights.open_autoencoder(str(source), seed=options.seed)
     model, params, spec = opened.model, opened.params, opened.spec
     if target:
-        check_form(target, model, spec)
+        check_form(target, model, spec, options.shift)
     if options.latent_stats:
         comparison.check({str(source): (model, params, spec)}, protocol, measures=())
     _show(describe(model, spec), parameter_table(params, options.verbose), left_out(opened.left_out, options.verbose))
@@ -106,7 +106,7 @@ def check_target(source, target, overwrite):
         raise ValueError(f"{target}: {place} is no directory that this user may write to.")
 
 
-def check_form(target, model, spec):
+def check_form(target, model, spec, shift):
     """Raises ValueError where the target's format cannot hold the model; now, not after an hour of measuring."""
     from eqvae_jax.weights import ldm_files
 
@@ -115,6 +115,8 @@ def check_form(target, model, spec):
             f"{target}: {spec.reference} is a {spec.kind} model, and taming-transformers has VQ models only: "
             f"write diffusers:DIR or ldm:{target.rest}."
         )
+    if target.kind == "diffusers" and spec.kind == "vq" and shift:
+        raise ValueError(f"{target}: diffusers' VQModel has no place for a shift; leave out --shift={shift:g}.")
     if target.kind != "diffusers" and model.groups != ldm_files.GROUPS:
         raise ValueError(
             f"{target}: {spec.reference} has {model.groups} groups a normalisation; {target.kind}: files do not "
@@ -189,7 +191,8 @@ def measure(model, params, spec, batches):
 
     encode, _ = reconstruction.functions(model)
     statistics = latents.latent_statistics(encode, params, batches)
-    scale, shift = latents.scale_and_shift(statistics, with_shift=spec.shift != 0)
+    shifted = spec.shift != 0 or not getattr(model, "quant", True)  # SD3's family, without quant convolutions
+    scale, shift = latents.scale_and_shift(statistics, with_shift=shifted)
     return statistics, {"scale": scale, "shift": shift}
 
 

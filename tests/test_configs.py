@@ -36,10 +36,11 @@ def test_sizes_of_every_variant_suit_its_autoencoder(name, variant):
     side = config.data.image_size // model.downsampling
     scales = [size / side for size in config.equivariance.sizes]
     assert min(scales) == (0.5 if variant == "smoke" else 0.25) and max(scales) <= 1
+    assert config.preset == AUTOENCODERS[name]
     if variant == "paper":  # the released grid, or as much of it as gives whole 16-pixel latents
         step = max(model.downsampling // 8, 1)
         assert [32 * scale for scale in scales] == list(range(8, 32, step))
-        assert (config.published.preset, config.init, config.data.train) == (preset, "", "")
+        assert (config.init, config.data.train) == ("", "")
 
 
 def test_vqgan_keeps_its_own_recipe():
@@ -56,7 +57,15 @@ def test_an_unknown_variant_is_named_with_the_known_ones(name):
         get_config(name, "smoek")
 
 
-# eq_sdvae's is run whole, with its stages, by test_main.py; eq_sdxlvae's is the same.
+def test_sdxl_differs_from_sd_in_its_preset_only():
+    for variant in ("paper", "quickstart", "smoke"):
+        config, other = get_config("eq_sdxlvae", variant), get_config("eq_sdvae", variant)
+        assert (config.preset, other.preset) == ("sdxl", "sd")
+        config.preset = other.preset
+        assert config.to_dict() == other.to_dict()
+
+
+# eq_sdvae's is run whole, with its stages, by test_main.py.
 @pytest.mark.parametrize("name", ["eq_sdvae16", "eq_sd3vae", "eq_vqgan"])
 def test_the_smoke_variant_takes_eq_steps_and_describes_its_autoencoder(name, tmp_path):
     config = get_config(name, "smoke")

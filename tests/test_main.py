@@ -15,12 +15,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from eqvae_jax import main, weights
+from eqvae_jax.autoencoders.presets import PRESETS
 from eqvae_jax.run import autoencoder
 from eqvae_jax.training.checkpoint import load_params, saved_steps
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "configs"))
 import eq_sdvae  # noqa: E402
+import eq_vqgan  # noqa: E402
 
 
 def command(*arguments):
@@ -31,17 +33,17 @@ def command(*arguments):
     return ended.returncode, ended.stdout + ended.stderr, time.monotonic() - begun
 
 
-def single(steps=4):
+def single(steps=4, model=eq_sdvae):
     """One training of the smoke variant, without its stages."""
-    config = eq_sdvae.get_config("smoke")
+    config = model.get_config("smoke")
     config.stages = {}
     config.training.steps = steps
     return config
 
 
-def adversarial(steps):
+def adversarial(steps, model=eq_sdvae):
     """The smoke variant with everything that has state: two networks, an average, accumulation."""
-    config = single(steps)
+    config = single(steps, model)
     config.loss.update(disc_weight=0.5, disc_layers=1, disc_width=4)
     config.ema_decay, config.training.accumulate, config.checkpoint.every = 0.9, 2, 4
     return config
@@ -97,12 +99,21 @@ def test_random_weights_do_without_the_perceptual_loss_and_record_it():
 def test_loss_networks_come_from_the_file_of_init_where_it_has_them(monkeypatch, capsys):
     critic = weights.Critic({"conv_0": 1}, {"norm_1": 2}, width=4, layers=1)
     held = weights.LossWeights(critic, {"vgg": 3}, 0.25)
-    monkeypatch.setattr(weights, "load_loss", lambda reference: held if reference == "ldm:model.ckpt" else None)
+    asked = []
+
+    def load_loss(reference, *, discriminator, lpips):
+        asked.append((reference, discriminator, lpips))
+        return held._replace(discriminator=held.discriminator if discriminator else None)
+
+    monkeypatch.setattr(weights, "load_loss", load_loss)
     config = adversarial(2)
     config.init, config.loss.perceptual_weight = "ldm:model.ckpt", 1.0
     main.preflight(config)  # does not ask for LPIPS yet
     assert autoencoder.loss_networks(config) == ({"vgg": 3}, {"params": {"conv_0": 1}, "batch_stats": {"norm_1": 2}})
+    assert asked == [("ldm:model.ckpt", True, True)]
     assert config.loss.logvar == 0.25 and "discriminator in it" in capsys.readouterr().out
+    config.loss.logvar = 0.5  # what the user says stands
+    assert autoencoder.loss_networks(config, resuming=True) == ({"vgg": 3}, None) and config.loss.logvar == 0.5
 
     held = weights.LossWeights(critic._replace(layers=3, width=64), None, None)
     with pytest.raises(ValueError, match="--config.loss.lpips_weights=download"):
@@ -112,6 +123,16 @@ def test_loss_networks_come_from_the_file_of_init_where_it_has_them(monkeypatch,
         autoencoder.loss_networks(config)
     config.loss.from_init = False
     assert autoencoder.loss_networks(config) == (None, None)
+
+
+def test_a_file_that_keeps_no_scale_gets_that_of_the_configs_preset():
+    config, guess = single(), weights.AutoencoderSpec("kl", 0.18215, 0.0, "ldm:sdxl.safetensors", "")
+    scale = lambda model: autoencoder.with_published_scale(config, model, guess).scale
+    config.preset, config.init = "sdxl", "ldm:sdxl.safetensors"
+    assert scale(PRESETS["sdxl"].model) == 0.13025
+    assert scale(PRESETS["sd16"].model) == 0.18215  # another graph: not what the preset's scale is of
+    config.init = "diffusers:sdxl"
+    assert scale(PRESETS["sdxl"].model) == 0.18215  # this one said so itself
 
 
 @pytest.fixture(scope="module")
@@ -172,9 +193,10 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path):
     assert rows[0] == rows[1] and rows[0][-1]["step"] == 6
 
 
-def test_every_config_field_is_read(tmp_path, monkeypatch):
+@pytest.mark.parametrize("model", [eq_sdvae, eq_vqgan], ids=["kl", "vq"])
+def test_every_config_field_is_read(tmp_path, monkeypatch, model):
     """A field that nothing reads would be a promise the program does not keep."""
-    config = adversarial(2)
+    config = adversarial(2, model)
     config.loss.perceptual_weight = 1.0  # with random weights: looks for loss.lpips_weights, and does without
     config.checkpoint.update(best_metric="psnr", keep_best=1)
     with config.unlocked():
@@ -196,8 +218,7 @@ def test_every_config_field_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(ConfigDict, "__getitem__", recording)
     main.train(config, tmp_path)
     monkeypatch.undo()
-    # main() itself reads the stages; where the published weights are is said where others are missing.
-    assert leaves - read == {"loss.ignored", "stages", "published", "published.reference", "published.preset"}
+    assert leaves - read == {"loss.ignored", "stages"}  # stages is read by main() itself
 
 
 def test_the_batch_of_a_run_outlives_a_change_of_devices(tmp_path):

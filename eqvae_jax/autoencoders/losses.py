@@ -50,14 +50,15 @@ def codebook_metrics(indices, size):
     return {"codebook_usage": jnp.mean(counts > 0), "codebook_perplexity": jnp.exp(entropy)}
 
 
-def explicit_loss(moved, encoded, stop_gradient=False):
-    """||tau E(x) - E(tau x)||^2, summed over an image's latent (B, h, w, C) and averaged over the batch.
+def explicit_loss(moved, encoded, stop_gradient=False, reduction="sum"):
+    """||tau E(x) - E(tau x)||^2 of latents (B, h, w, C), averaged over the batch; a float32 scalar.
 
-    stop_gradient: E(tau x) is a constant. Source: the paper's explicit regularisation, appendix A.1, which does not say
-    how it reduces; its pixel losses are sums over an image, so this one is.
+    stop_gradient: E(tau x) is a constant. reduction: over an image's latent, as `reconstruction_loss` over its pixels,
+    so that one weight suits both. Source: the paper's explicit regularisation, appendix A.1, which does not say.
     """
     encoded = jax.lax.stop_gradient(encoded) if stop_gradient else encoded
-    return jnp.square(moved - encoded).sum((1, 2, 3)).mean()
+    mean = jnp.square(moved - encoded).mean()
+    return mean * (moved.size // moved.shape[0]) if reduction == "sum" else mean
 
 
 def generator_loss(logits_fake):

@@ -101,7 +101,7 @@ def eq_gradients(config, model):
 
         def distance(posterior, encoded):  # of the modes: two samples differ by their noise whatever the encoder does
             moved = equivariance.apply_tau(posterior.mode(), size, turns, **interpolation)
-            return explicit_weight * losses.explicit_loss(moved, encoded.mode(), constant_target)
+            return explicit_weight * losses.explicit_loss(moved, encoded.mode(), constant_target, reduction)
 
         return jax.value_and_grad(distance, argnums=(0, 1))(posterior, encoded)
 
@@ -184,11 +184,12 @@ def eq_gradients(config, model):
             image_size=image_size if move else None, static_turns=static_turns if move else 0)
         decoding_grads, critic_grads, dz, stats, metrics = run(decode, decoding, critic, lpips, z, x, step)
         dposterior = run(pull, pull_tau, (dz, kl_weight))
+        distance = 0.0
         if latent and explicit:
             turned = dict(static_turns=static_turns)
             _, encoded, pull_encoded = run(encode, encoding, batch["image"], tau.turns, size=image_size, **turned)
             distance, (dmoved, dencoded) = run(gap, posterior, encoded, tau.turns, size=size, **turned)
-            dposterior, metrics = run(add, dposterior, dmoved), metrics | {"explicit": distance}
+            dposterior = run(add, dposterior, dmoved)
         encoding_grads = run(pull, pull_encoder, dposterior)
         if latent and explicit and not constant_target:
             encoding_grads = run(add, encoding_grads, run(pull, pull_encoded, dencoded))
@@ -196,7 +197,7 @@ def eq_gradients(config, model):
         grads = {"autoencoder": encoding_grads | decoding_grads}
         if discriminator:
             grads["discriminator"], buffers = critic_grads, {"discriminator": stats}
-        metrics |= {"kl": kl} if variational else {}
+        metrics |= ({"kl": kl} if variational else {}) | ({"explicit": distance} if explicit else {})
         metrics |= {"branch_equivariance": float(latent), "branch_low_resolution": float(image)}
         return grads, metrics, buffers
 

@@ -1,5 +1,7 @@
 """Wires the training of an autoencoder: configs/eq_*.py."""
 
+import dataclasses
+
 from absl import logging
 
 # JAX and all that imports it is imported where it is first needed: a config that cannot work is refused in a second.
@@ -8,7 +10,7 @@ NEEDS = """This config needs:
 {needs}
 Try it without either, on photographs that ship with the installed packages and on random weights:
   --config.data.train=photos --config.init=init:{preset}
-or see the method work in minutes on a CPU: --config=configs/eq_sdvae.py:quickstart"""
+or see the method work in minutes on a CPU: the variant :quickstart of this config"""
 NEEDS_DATA = """  images to train on: --config.data.train=folder:DIR (any tree of JPEG or PNG files), arrayrecord:GLOB,
     tfds:NAME. The paper's are the 1.7 million of OpenImages.
     To shard a folder: python -m eqvae_jax.data.preparation --help"""
@@ -20,13 +22,21 @@ NEEDS_LPIPS = """  weights of the perceptual loss: --config.loss.lpips_weights=d
     or --config.loss.perceptual_weight=0 to train without."""
 
 
-CARRIERS = ("ldm:", "taming:")  # their files may hold the loss's networks beside the autoencoder
+# config.preset -> where the weights of the paper's starting point are
+PUBLISHED = {
+    "sd": "diffusers:stabilityai/sd-vae-ft-ema (335 MB)",
+    "sd16": "ldm:FILE, with model.ckpt of latent-diffusion's kl-f16",
+    "sdxl": "diffusers:stabilityai/sdxl-vae",
+    "sd3": "diffusers:stabilityai/stable-diffusion-3-medium-diffusers/vae (gated)",
+    "vqgan": "taming:FILE, with last.ckpt of taming-transformers' vqgan_imagenet_f16_1024",
+}
+CARRIERS = ("ldm:", "taming:")  # their files may hold the loss's networks beside the autoencoder, and never a scale
 
 
 def refuse(config, needs):
     """Raises ValueError with what a config needs, if anything."""
     if needs:
-        raise ValueError(NEEDS.format(needs="\n".join(needs), preset=config.published.preset))
+        raise ValueError(NEEDS.format(needs="\n".join(needs), preset=config.preset))
 
 
 def preflight(config):
@@ -36,7 +46,7 @@ def preflight(config):
     there the perceptual loss, unless its weights are named, is off, and the log says so.
     """
     needs = [] if config.data.train else [NEEDS_DATA]
-    needs += [] if config.init else [NEEDS_INIT.format(published=config.published.reference)]
+    needs += [] if config.init else [NEEDS_INIT.format(published=PUBLISHED[config.preset])]
     if config.loss.perceptual_weight and not config.loss.lpips_weights:
         if config.init.startswith("init:"):
             logging.warning("%s is random weights and loss.lpips_weights is not set: the perceptual loss is off.",
@@ -63,11 +73,14 @@ def train(config, workdir):
     from eqvae_jax.autoencoders.task import autoencoder_task, check
     from eqvae_jax.run.images import open_images
     from eqvae_jax.training import loop
+    from eqvae_jax.training.checkpoint import saved_steps
     from eqvae_jax.training.sharding import make_mesh
     from eqvae_jax.training.workdir import saved_value
 
     mesh, data, accumulate = make_mesh(config.mesh), config.data, config.training.accumulate
+    source, batches = open_images(config)  # a mistyped directory shows before anything is downloaded
     model, params, spec = weights.load_autoencoder(config.init, seed=config.seed)
+    spec = with_published_scale(config, model, spec)
     model = model.clone(dtype=config.model.dtype, remat=config.model.remat)
     if not data.batch_size:  # a run keeps the batch it began with when it goes on with other devices
         data.batch_size = (saved_value(workdir, "data.batch_size")
@@ -75,30 +88,41 @@ def train(config, workdir):
     check(config, model, mesh)
     with config.unlocked():  # what weights.load_autoencoder("workdir:...") rebuilds the model from
         config.autoencoder = presets.describe(model) | dict(scale=spec.scale, shift=spec.shift)
-    lpips, critic = loss_networks(config)
-
-    source, batches = open_images(config)
-    describe(config, model, mesh, len(source), parameter_overview.count_parameters(params))
+    lpips, critic = loss_networks(config, resuming=bool(saved_steps(workdir)))
+    describe(config, model, spec, mesh, len(source), parameter_overview.count_parameters(params))
     task = autoencoder_task(config, model, params, mesh, lpips, critic)
     state = loop.train(task, batches, config, workdir, mesh)
     return int(int(state.step) < config.training.steps)
 
 
-def loss_networks(config):
+def with_published_scale(config, model, spec):
+    """The spec, with the scale and shift of config.preset where the file cannot say: SDXL's looks like SD's."""
+    from eqvae_jax.autoencoders import presets
+
+    preset = presets.PRESETS[config.preset]
+    if config.init.startswith(CARRIERS) and presets.describe(preset.model) == presets.describe(model):
+        return dataclasses.replace(spec, scale=preset.scale, shift=preset.shift)
+    return spec
+
+
+def loss_networks(config, resuming=False):
     """(parameters of LPIPS or None, a trained discriminator's variables or None) of a config, and resolves its logvar.
 
     Released training checkpoints hold both networks: a discriminator that knows this autoencoder spares the new one's
-    first, wild steps. Raises ValueError where LPIPS is needed and not found, or a discriminator is of another shape.
+    first, wild steps; a run that is resumed has its own. Raises ValueError where LPIPS is needed and not found, or a
+    discriminator is of another shape.
     """
     from eqvae_jax import weights
 
-    loss = config.loss
-    found = weights.load_loss(config.init) if loss.from_init else weights.LossWeights()
+    loss, found = config.loss, weights.LossWeights()
+    if loss.from_init:
+        found = weights.load_loss(config.init, discriminator=bool(loss.disc_weight) and not resuming,
+                                  lpips=bool(loss.perceptual_weight) and not loss.lpips_weights)
     lpips = critic = None
     if loss.perceptual_weight:
         lpips = weights.load_lpips(loss.lpips_weights) if loss.lpips_weights else found.lpips
         refuse(config, [] if lpips else [NEEDS_LPIPS])
-    if loss.disc_weight and found.discriminator:
+    if found.discriminator:
         shape = (found.discriminator.width, found.discriminator.layers)
         if shape != (loss.disc_width, loss.disc_layers):
             raise ValueError(
@@ -107,16 +131,17 @@ def loss_networks(config):
                 f"--config.loss.disc_layers={shape[1]}, or --config.loss.from_init=False to start a new one.")
         critic = {"params": found.discriminator.params, "batch_stats": found.discriminator.batch_stats}
         print(f"{config.init}: going on with the discriminator in it.")
-    if found.logvar is not None:
-        loss.logvar = found.logvar
+    if loss.logvar is None:
+        loss.logvar = found.logvar or 0.0
     return lpips, critic
 
 
-def describe(config, model, mesh, images, parameters):
+def describe(config, model, spec, mesh, images, parameters):
     """Prints, before the first step, the numbers that decide what a run costs and does."""
     data, accumulate, eq = config.data, config.training.accumulate, config.equivariance
     print(f"{data.train}: {images:,} images at {data.image_size} pixels. {config.init}: {parameters:,} parameters, "
-          f"computed in {config.model.dtype}.\nBatch {data.batch_size} = {mesh.size} devices x "
+          f"computed in {config.model.dtype}; latents x {spec.scale:g}"
+          f"{f' after - {spec.shift:g}' if spec.shift else ''}.\nBatch {data.batch_size} = {mesh.size} devices x "
           f"{data.batch_size // (mesh.size * accumulate)} x accumulation {accumulate}.", end=" ")
     if eq.p_equivariance or eq.p_low_resolution:
         side = data.image_size // model.downsampling

@@ -116,17 +116,17 @@ def load_workdir(rest, seed):
     if not section or not params:
         raise WeightsError(f"workdir:{rest}: its run trained no autoencoder")
     try:
-        model = from_description(section)
+        model, scale, shift = from_description(section), float(section["scale"]), float(section["shift"])
         tables.check_parameters("its parameters", params, tables.parameter_shapes(model))
-    except ValueError as error:
-        raise WeightsError(f"workdir:{rest}: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"workdir:{rest}: {type(error).__name__}: {error}") from error
     others = [name for name in ("params", "ema", "opt_state", "buffers") if name != item]
-    return model, params, section["scale"], section["shift"], {ldm_files.BESIDE: others}
+    return model, params, scale, shift, {ldm_files.BESIDE: others}
 
 
 def load_init(rest, seed):
     if rest not in PRESETS:
-        raise WeightsError(f"init:{rest}: no such preset{nearest(rest, PRESETS)} There are {', '.join(PRESETS)}.")
+        raise WeightsError(f"init:{rest}: no such preset{nearest(rest, PRESETS) or '.'} There are {', '.join(PRESETS)}.")
     model, scale, shift = PRESETS[rest]
     return model, calm(model, random_parameters(tables.parameter_shapes(model), seed)), scale, shift, {}
 

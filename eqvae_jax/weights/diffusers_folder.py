@@ -1,5 +1,6 @@
 """Folders in diffusers' layout: config.json beside diffusion_pytorch_model.safetensors, on disk or on the Hub."""
 
+import contextlib
 import json
 import math
 import pathlib
@@ -61,10 +62,12 @@ def read(folder):
 
 def read_files(folder):
     """Name -> array of all tensors in a folder: one safetensors file, several with an index, or an old .bin."""
-    whole, index, old = folder / f"{STEM}.safetensors", folder / INDEX, folder / f"{STEM}.bin"
+    whole, old = folder / f"{STEM}.safetensors", folder / f"{STEM}.bin"
     if whole.is_file():
         return read_tensors(whole)
-    if index.is_file():
+    for index in (folder / INDEX, folder / f"{STEM}.bin.index.json"):
+        if not index.is_file():
+            continue
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not shards or not all(map(is_file_name, shards.values())):
             raise WeightsError(f"{index}: its weight_map does not name files of this folder")
@@ -180,6 +183,8 @@ def write(folder, model, params, scale, shift):
     tensors = tables.write_parameters(params, shapes, lambda p: tables.diffusers_key(p, levels))
     if (folder / INDEX).is_file():
         raise WeightsError(f"{folder}: has an {INDEX}, whose shards diffusers would load instead; name another folder")
+    with contextlib.suppress(OSError):
+        (folder / CONFIG).unlink()                           # an older one would complete these tensors with its scale
     write_tensors(folder / f"{STEM}.safetensors", tensors)
     with whole_or_nothing(folder / CONFIG) as partial:
         partial.write_text(json.dumps(config, indent=2) + "\n")

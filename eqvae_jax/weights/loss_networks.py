@@ -31,15 +31,16 @@ class LossWeights(NamedTuple):
     logvar: float | None = None
 
 
-def load_loss(reference):
+def load_loss(reference, *, discriminator=True, lpips=True):
     """LossWeights of an autoencoder reference: what it holds of the loss it was trained with.
 
-    Checkpoints of latent-diffusion, EQ-VAE and taming carry `loss.*`; runs of ours, a discriminator if they trained
-    one. Raises WeightsError where the file cannot be read, or a network in it is incomplete or of another form.
+    Checkpoints of latent-diffusion, EQ-VAE and taming carry `loss.*`; runs of ours the logvar, and a discriminator if
+    they trained one. discriminator, lpips: False leaves that network alone, whatever state it is in.
+    Raises WeightsError where the file cannot be read, or a network in it is incomplete or of another form.
     """
     reference = parse_reference(reference)
     if reference.kind == "workdir":
-        return LossWeights(discriminator=trained_critic(reference.rest))
+        return trained_loss(reference.rest, discriminator)
     if reference.kind not in ("ldm", "taming"):
         return LossWeights()
     parts = {"discriminator.main.": {}, "perceptual_loss.": {}}
@@ -48,13 +49,13 @@ def load_loss(reference):
         for prefix, tensors in parts.items():
             if name.startswith(prefix):
                 tensors[name.removeprefix(prefix)] = value
-    discriminator, perceptual = parts.values()
+    judge, perceptual = parts.values()
     logvar = loss.get("logvar")
     if logvar is not None and logvar.size != 1:
         raise WeightsError(f"{reference}: loss.logvar has {logvar.size} values; it should be one number")
     return LossWeights(
-        read_critic(discriminator, f"{reference}, discriminator") if discriminator else None,
-        lpips_parameters(perceptual, f"{reference}, LPIPS") if perceptual else None,
+        read_critic(judge, f"{reference}, discriminator") if judge and discriminator else None,
+        lpips_parameters(perceptual, f"{reference}, LPIPS") if perceptual and lpips else None,
         None if logvar is None else float(logvar.reshape(())),
     )
 
@@ -90,14 +91,15 @@ def critic_key(path, layers):
     return f"{index}.{LEAVES[leaf]}"
 
 
-def trained_critic(workdir):
-    """The Critic that a run of ours trained, or None."""
+def trained_loss(workdir, discriminator):
+    """LossWeights of a run of ours: its logvar and, unless that is not wanted, the Critic it trained, if it did."""
     from eqvae_jax.training.checkpoint import load_params  # needs Orbax, which is slow to import
 
     try:
         params, config, step = load_params(workdir, "params")
-        if "discriminator" not in params:
-            return None
+        logvar = config.get("loss", {}).get("logvar")
+        if "discriminator" not in params or not discriminator:
+            return LossWeights(logvar=logvar)
         variables = {"params": params["discriminator"],
                      "batch_stats": load_params(workdir, "buffers", step)[0]["discriminator"]}
     except (FileNotFoundError, KeyError) as error:
@@ -108,4 +110,4 @@ def trained_critic(workdir):
         return variables
 
     layers = len(variables["batch_stats"])
-    return critic(fill, variables["params"]["conv_0"]["kernel"].shape[-1], layers)
+    return LossWeights(critic(fill, variables["params"]["conv_0"]["kernel"].shape[-1], layers), logvar=logvar)

@@ -41,7 +41,7 @@ def load_lpips(reference):
     """
     if not reference:
         raise WeightsError(f"LPIPS has no weights.\n{ADVICE}")
-    path = fetch_lpips() if reference == "download" else pathlib.Path(reference)
+    path = fetch_lpips() if reference == "download" else pathlib.Path(reference).expanduser()
     if path.is_dir():
         absent = [name for name in SOURCES if not (path / name).is_file()]
         if absent:

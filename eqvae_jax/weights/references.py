@@ -1,6 +1,7 @@
 """References: `kind:rest`, the one way in which every command line names weights."""
 
 import difflib
+import os
 from typing import NamedTuple
 
 from eqvae_jax.weights.errors import WeightsError
@@ -30,7 +31,7 @@ def parse_reference(reference, kinds=AUTOENCODERS):
     """
     kind, colon, rest = str(reference).partition(":")
     if kind in kinds and rest:
-        return Reference(kind, rest)
+        return Reference(kind, os.path.expanduser(rest))  # shells leave a ~ behind a colon alone
     if not colon:
         problem = f"{reference!r} does not say what it is: write KIND:{reference}"
     elif kind in kinds:

@@ -20,6 +20,7 @@ from eqvae_jax.weights.pickles import Name, hashable, read_pickle
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
+LFS_POINTER = b"version https://git-lfs"
 LARGEST_PICKLE = 256 * 2**20             # the part that describes the tensors; LDM's largest take 1 MB
 STORAGES = {
     "torch.DoubleStorage": np.float64, "torch.FloatStorage": np.float32, "torch.HalfStorage": np.float16,
@@ -67,6 +68,8 @@ def read_torch_file(path):
         raise WeightsError(f"{path}: the file is empty")
     try:
         with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise WeightsError("a Git LFS pointer, not the file it stands for: run `git lfs pull` where it is from")
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return read_zip(path, data) if data[:4] == b"PK\3\4" else read_legacy(data)
     except (WeightsError, OSError) as error:

@@ -112,6 +112,12 @@ def test_codebook_metrics_of_a_known_histogram():
     np.testing.assert_allclose(found["codebook_perplexity"], np.exp(-(p * np.log(p)).sum()), rtol=1e-6)
 
 
+def test_explicit_loss_of_vq_models_is_a_mean_as_their_other_losses(rng):
+    moved, encoded = rng.normal(size=(2, 3, 2, 2, 4)).astype(np.float32)
+    value = losses.explicit_loss(moved, encoded, reduction="mean")
+    np.testing.assert_allclose(value, ((moved - encoded) ** 2).mean(), rtol=1e-6)
+
+
 def test_explicit_loss_is_a_sum_over_the_latent_and_its_target_may_be_constant(rng):
     moved, encoded = rng.normal(size=(2, 3, 2, 2, 4)).astype(np.float32)
     for stop, sign in ((False, -1), (True, 0)):

@@ -87,6 +87,16 @@ def test_the_explicit_objective_adds_the_latents_distance_to_plain_reconstructio
     np.testing.assert_allclose(metrics["explicit"], distance, rtol=1e-5)
 
 
+def test_the_explicit_objective_accumulates_over_branches_that_differ():
+    config = small_config(equivariance__objective="explicit", training__accumulate=2, data__batch_size=8)
+    draws = [[equivariance.draw_tau(seed, n, sizes=(6,), p_low_resolution=0.5).where for n in (0, 1)]
+             for seed in range(100)]
+    config.seed = draws.index(["latent", "none"])
+    task, state, place = start(config, random_params())
+    state, metrics = task.train_step(state, place(batch_of(8)), 0)
+    assert metrics["explicit"] > 0 and np.isfinite(metrics["gradient_norm_autoencoder"])
+
+
 def test_a_discriminator_of_before_is_gone_on_with():
     config = small_config(loss__disc_weight=0.5)
     params = random_params()
