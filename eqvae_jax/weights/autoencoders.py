@@ -126,7 +126,8 @@ def load_workdir(rest, seed):
 
 def load_init(rest, seed):
     if rest not in PRESETS:
-        raise WeightsError(f"init:{rest}: no such preset{nearest(rest, PRESETS) or '.'} There are {', '.join(PRESETS)}.")
+        hint = nearest(rest, PRESETS) or "."
+        raise WeightsError(f"init:{rest}: no such preset{hint} There are {', '.join(PRESETS)}.")
     model, scale, shift = PRESETS[rest]
     return model, calm(model, random_parameters(tables.parameter_shapes(model), seed)), scale, shift, {}
 
