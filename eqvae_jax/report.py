@@ -11,17 +11,14 @@ import json
 import pathlib
 import sys
 
-import numpy as np
-
 from eqvae_jax import weights
 from eqvae_jax.backend import use_compilation_cache
 from eqvae_jax.data.images import TooManyBroken
-from eqvae_jax.evaluation import charts, comparison, figures, page, provenance, reconstruction
+from eqvae_jax.evaluation import charts, comparison, exhibits, feature_sets, figures, page, provenance
 from eqvae_jax.evaluation.tables import format_table, verdict
+from eqvae_jax.features.inception import PROTOCOLS
 from eqvae_jax.training.checkpoint import saved_steps
 from eqvae_jax.training.workdir import differences
-
-TRANSFORMED_IMAGES = 2  # how many of the shown images get a grid of transforms of their own
 
 _ABOUT = (
     """An autoencoder E, D turns an image into a small latent and back. EQ-VAE (arXiv 2502.09509) fine-tunes it so
@@ -35,12 +32,12 @@ _ABOUT = (
 _TEXTS = {
     "tau": (
         "Moving the latent instead of the image",
-        """A grid with one row per transform: the transformed photograph on the left, beside it each model's decode
-        of the transformed latent.""",
-        """Left: the image after τ. The other columns never saw it: the latent of the upright, full-size image was
-        turned or scaled, and decoded. The closer to the left column the more equivariant; look for broken edges,
-        false texture and shifted colours. The error is the mean absolute difference on a range from -1 to 1; the
-        smallest of a row is bold.""",
+        """A grid with one row per transform: the transformed photograph on the left, beside it, for each model, the
+        decode of its latent and the decode of the transformed latent of the photograph before it was transformed.""",
+        """Left: the image after τ. D(E(τx)) is its plain reconstruction. D(τE(x)) never saw it: the latent of the
+        upright, full-size image was turned or scaled, and decoded. The closer the two the more equivariant; look for
+        broken edges, false texture and shifted colours. The error is the mean absolute difference from τx on a range
+        from -1 to 1; the smallest of a row's D(τE(x)) is bold.""",
     ),
     "latent_pca": (
         "What the latents look like",
@@ -48,6 +45,13 @@ _TEXTS = {
         """The first three principal components of each latent, computed for that latent alone: compare structure,
         not hues. Speckle is detail that a generator would have to model; smooth areas with clear outlines are
         what equivariance should bring.""",
+    ),
+    "spectrum": (
+        "How fine the latents are",
+        "A line chart of the energy of the latents over spatial frequency, one line per model.",
+        """The mean squared cosine coefficients of the latents, relative to their mean over all frequencies but zero;
+        white noise would be 1 everywhere. A line that falls further to the right belongs to smoother latents. 1 on the
+        horizontal axis is a change of sign from each latent pixel to the next.""",
     ),
     "reconstruction": (
         "Plain reconstruction",
@@ -62,6 +66,12 @@ _TEXTS = {
         Below: the picture decoded from the transformed latent against the transformed image; the line across a bar
         is its floor, the error that is left when the image is transformed first.""",
     ),
+    "transforms": (
+        "Decodes of transformed latents",
+        "Bar charts of the distance of D(τE(x)) from τx for each scale and the mean of the turns, one bar per model.",
+        """The paper's Figure 3. It is rFID where features to measure it with were given, and otherwise the pixel error
+        of above.""",
+    ),
     "curves": (
         "Training",
         """Line charts of the logged metrics against the training step, one line per run.""",
@@ -73,7 +83,7 @@ _TEXTS = {
 
 def compare(
     runs, *, images, output, image_size=None, batch_size=8, limit=None, crops=1, min_crop=0.5, max_crop=1.0,
-    lpips=None, shown=3, progress=True,
+    lpips=None, extractor=None, shown=exhibits.SHOWN, progress=True,
 ):  # fmt: skip
     """Measures the autoencoders of several runs on the same images; writes metrics.json, figures, report.html.
 
@@ -83,6 +93,7 @@ def compare(
       image_size: side in pixels; None takes the last run's data.image_size.
       batch_size, limit, crops, min_crop, max_crop: as data.images.evaluation_batches.
       lpips: parameters of features.lpips, to measure LPIPS too.
+      extractor: evaluation.feature_sets.Extractor, to measure rFID too, plain and under each transform.
       shown: how many images the figures show, at most `batch_size`.
 
     Returns:
@@ -107,45 +118,37 @@ def compare(
     models = {name: weights.load_autoencoder(f"workdir:{workdir}") for name, workdir in runs.items()}
     pathlib.Path(output).mkdir(parents=True, exist_ok=True)  # now, not after all that measuring
     document = comparison.compare(
-        models, protocol, lpips=lpips, batches=batches, broken=broken, progress=progress
+        models, protocol, lpips=lpips, extractor=extractor, batches=batches, broken=broken, progress=progress
     )
     document["runs"] = {}
     for name, workdir in runs.items():
         step = max(saved_steps(workdir), default=None)
         document["runs"][name] = {"workdir": str(workdir), "step": step, "config": configs[name]}
-    write(document, _exhibits(models, batches, protocol, min(shown, batch_size)), histories, output)
+    write(document, exhibits.collect(models, batches, protocol, count=shown), histories, output)
     return document
 
 
-def write(document, exhibits, histories, output):
+def write(document, shown, histories, output):
     """Writes what there is to see: metrics.json, figures as PNG and PDF, report.html; returns the page's path.
 
-    document: as `compare` returns it. exhibits: name -> arrays of reconstruction.pictures. histories: name ->
-    rows of charts.read_rows.
+    document: as `compare` returns it. shown: from exhibits.collect. histories: name -> rows of
+    charts.read_rows.
     """
     output = pathlib.Path(output)
     provenance.write_json(output / "metrics.json", document)
-    first = next(iter(exhibits.values()))
     pictures = []
 
-    def add(name, figure, kind=None):
+    def add(name, kind, figure):
         png, _ = figures.save(figure, output / name)
-        heading, description, caption = (" ".join(text.split()) for text in _TEXTS[kind or name])
+        heading, description, caption = (" ".join(text.split()) for text in _TEXTS[kind])
         if pictures and pictures[-1].description == description:
             heading, caption = "", "The same for another image."
         pictures.append(page.Picture(heading, png.read_bytes(), description, caption))
 
-    def of_each(key):
-        return {name: shown[key] for name, shown in exhibits.items()}
-
-    for number in range(min(TRANSFORMED_IMAGES, len(first["image"]))):
-        pick = {name: _row(moved, number) for name, moved in of_each("moved").items()}
-        add(f"tau_{number + 1}", figures.tau_grid(_row(first["target"], number), pick), "tau")
-    add("latent_pca", figures.latent_pca(first["image"], of_each("latent")))
-    add("reconstruction", figures.reconstruction_grid(first["image"], of_each("reconstruction")))
-    add("errors", charts.bars(document["results"]))
+    for drawing in exhibits.drawings(document, shown):
+        add(*drawing)
     if charts.curve_keys(histories):
-        add("curves", charts.curves(histories))
+        add("curves", "curves", charts.curves(histories))
 
     configs = {name: run["config"] for name, run in document["runs"].items()}
     title = "How equivariant is the latent space? " + ", ".join(document["results"])
@@ -155,11 +158,6 @@ def write(document, exhibits, histories, output):
     with provenance.whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
     return path
-
-
-def _row(batches, number):
-    """{label: (B, H, W, 3)} -> {label: (H, W, 3)}, row `number` of each."""
-    return {label: batch[number] for label, batch in batches.items()}
 
 
 def _config(workdir):
@@ -185,31 +183,6 @@ def _differing(configs):
     return rows
 
 
-def _exhibits(models, batches, protocol, count):
-    """name -> arrays of reconstruction.pictures for `count` different images, in a batch of the compiled size."""
-    rows = {}
-    for batch in batches:
-        for image, index, real in zip(batch["image"], batch["index"], batch["mask"], strict=True):
-            if real and len(rows) < count:
-                rows.setdefault(int(index), image)
-        if len(rows) == count:
-            break
-    images = list(rows.values())
-    batch = {"image": np.stack([images[i % len(images)] for i in range(protocol.batch_size)])}
-    tau = {"method": protocol.interpolation, "antialias": protocol.antialias}
-    exhibits = {}
-    for name, chosen in comparison.check(models, protocol).items():
-        model, params, _ = models[name]
-        shown = reconstruction.pictures(*reconstruction.functions(model), params, batch, chosen, **tau)
-        exhibits[name] = {
-            key: {label: rows[: len(images)] for label, rows in value.items()}
-            if isinstance(value, dict)
-            else value[: len(images)]
-            for key, value in shown.items()
-        }
-    return exhibits
-
-
 def main(arguments=None):
     """Runs the command line; returns the process's exit code, 2 for something the user can put right."""
     options = _parser().parse_args(arguments)
@@ -228,6 +201,9 @@ def main(arguments=None):
             min_crop=options.min_crop,
             max_crop=options.max_crop,
             lpips=weights.load_lpips(options.lpips) if options.lpips else None,
+            extractor=feature_sets.open_extractor(options.features, options.inception, options.protocol)
+            if options.features
+            else None,
         )
     except (ValueError, OSError, TooManyBroken) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -258,6 +234,11 @@ def _parser():
     parser.add_argument("--max_crop", type=float, default=1.0, metavar="SHARE",
                         help="the largest, likewise (%(default)s)")
     parser.add_argument("--lpips", metavar="REFERENCE", help="LPIPS weights, to measure LPIPS too")
+    parser.add_argument("--features", metavar="NETWORK", help="to measure rFID too, plain and under each transform, in "
+                        "the features of: inception, or workdir:DIR of a run of configs/fashion_classifier.py")
+    parser.add_argument("--inception", default="", metavar="FILE|download", help="weights of --features=inception")
+    parser.add_argument("--protocol", choices=tuple(PROTOCOLS), default="adm",
+                        help="how images reach Inception (%(default)s)")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Curves from metrics.jsonl and bars from the table's numbers; style, colours and `save` are figures.py's."""
+"""Curves and bars: of metrics.jsonl, of the table's numbers, of spectra; style, colours, `save` are figures.py's."""
 
 import json
 import math
@@ -6,9 +6,10 @@ import pathlib
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from eqvae_jax.evaluation.figures import WIDTH, colors, plain, styled
+from eqvae_jax.evaluation.figures import COLUMN, WIDTH, colors, plain, styled
+from eqvae_jax.evaluation.tables import rfid_label
 
 _CODEBOOK = ("codebook_usage", "codebook_perplexity")  # higher is better, in training as in evaluation
 _HIGHER = ("psnr", "ssim")  # of the evaluation's metrics; the others are errors
@@ -129,6 +130,110 @@ def bars(results):
     return figure
 
 
+@styled
+def transform_bars(results, width=COLUMN):
+    """The paper's Figure 3: rFID of D(tau E(x)) against tau x for each scale and the mean of the turns.
+
+    Without rFID the pixel errors stand in its place, and the axis says so. The value stands on each bar.
+
+    results: dict name -> flat metrics of `reconstruction.equivariance_errors`.
+    """
+    keys = dict.fromkeys(key for column in results.values() for key in column)
+    distance = next((key.split("/")[0] for key in keys if key.startswith("rfid") and "/" in key), None)
+    prefix, mean = (distance, f"{distance}_R") if distance else ("pixel_l1", "pixel_l1/R")
+    scales = sorted((key.split("/")[1] for key in keys if key.startswith("S/")), key=float, reverse=True)
+    groups = [(f"{prefix}/{label}", f"scale\n{label}") for label in scales]
+    groups += [(mean, "mean of\nthe turns")] if mean in keys else []
+    figure = Figure(figsize=(width, 0.72 * COLUMN), layout="constrained")
+    axis, color, each = figure.subplots(), colors(results), 0.84 / len(results)
+    for i, (name, column) in enumerate(results.items()):
+        values = [column.get(key) for key, _ in groups]
+        places = np.arange(len(groups)) + (i - (len(results) - 1) / 2) * each
+        heights = [value or 0.0 for value in values]
+        drawn = axis.bar(places, heights, 0.92 * each, color=color[name], label=plain(name))
+        axis.bar_label(drawn, [_short(value) for value in values], fontsize=6 if len(results) < 3 else 5, padding=1.5)
+    axis.set_xticks(range(len(groups)), [text for _, text in groups])
+    axis.tick_params(axis="x", length=0)
+    axis.margins(y=0.12)
+    axis.set_ylabel(plain(rfid_label(distance)) if distance else "mean |difference| of [-1, 1]")
+    axis.set_title(r"$D(\tau E(x))$ against $\tau x$, lower is better", loc="left")
+    _legend(figure, [axis], len(results))
+    return figure
+
+
+@styled
+def spectra(details, width=COLUMN):
+    """Energy of the latents over spatial frequency, a line per model; a steeper fall is a smoother latent.
+
+    The energy is relative to its mean over all frequencies but zero, so that scales do not matter: white noise is 1.
+
+    details: dict name -> {"spectrum": {"frequency", "energy", "coefficients"}}, as latents.latent_measures.
+    """
+    figure = Figure(figsize=(width, 0.72 * COLUMN), layout="constrained")
+    axis, color = figure.subplots(), colors(details)
+    for name, each in details.items():
+        frequency, energy, coefficients = (np.array(each["spectrum"][key][1:], np.float64)
+                                           for key in ("frequency", "energy", "coefficients"))  # fmt: skip
+        varying = np.sum(energy * coefficients)
+        if varying > 0:
+            relative = energy * coefficients.sum() / varying
+            axis.plot(frequency, relative, color=color[name], linewidth=1.3, label=plain(name))
+    axis.axvline(1, color="0.6", linewidth=0.6, linestyle=":")
+    axis.set_yscale("log")
+    axis.set_xlabel("spatial frequency, in units of Nyquist's")
+    axis.set_ylabel("energy, relative to white noise")
+    axis.set_title("Spectrum of the latents", loc="left")
+    _legend(figure, [axis], len(details))
+    return figure
+
+
+def points(rows, key, split="eval"):
+    """[(step, value)] of a metric from the rows of `read_rows`, in order of steps."""
+    rows = [row for row in rows if row.get("split", "train") == split and _number(row.get(key))]
+    return sorted((row["step"], row[key]) for row in rows)
+
+
+def steps_to_reach(series, value):
+    """The first step at which [(step, value)], joined by straight lines, is as low as `value`; None if it never is."""
+    for (before, high), (after, low) in zip([series[0], *series], series, strict=False):
+        if low <= value:
+            return before + (after - before) * ((high - value) / (high - low) if high > low else 0)
+    return None
+
+
+@styled
+def convergence(runs, label, baseline=None, width=COLUMN):
+    """A metric that should fall with training, a line per run, and how much sooner it reaches the baseline's end.
+
+    The paper's Figures 1 (right) and 5. Values are drawn on a logarithmic axis.
+
+    runs: dict name -> [(step, value)], as `points`. label: of the vertical axis, such as "gFID". baseline: the name
+    whose last value is the mark; None marks nothing.
+    """
+    figure = Figure(figsize=(width, 0.8 * COLUMN), layout="constrained")
+    axis, color = figure.subplots(), colors(runs)
+    mark = runs[baseline][-1] if baseline else None
+    for name, series in runs.items():
+        text, reached = plain(name), steps_to_reach(series, mark[1]) if mark and name != baseline else None
+        if reached:
+            text += f" ({mark[0] / reached:.1f}× faster)"
+            axis.plot([reached], [mark[1]], "o", markersize=4, color=color[name], markerfacecolor="white", zorder=3)
+        steps, values = zip(*series, strict=True)
+        axis.plot(steps, values, color=color[name], linewidth=1.3, marker="o", markersize=2.5, label=text)
+    if mark:
+        axis.axhline(mark[1], color="0.4", linewidth=0.7, linestyle="--")
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+    axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}K" if step >= 1000 else f"{step:g}")
+    axis.set_xlabel("training step")
+    axis.set_ylabel(f"{plain(label)}, lower is better")
+    figure.legend(loc="outside upper left")  # below one another: names are long, and inside they would hide curves
+    return figure
+
+
 def _title(split, key):
     """Two lines: what is drawn, and which way is better where there is one."""
     name = plain(key.replace("_", " ")) + (", dB" if "psnr" in key else "")
@@ -151,9 +256,11 @@ def _legend(figure, axes, count):
 
 
 def _short(value):
-    """At most four characters, so that the labels of neighbouring bars do not touch: 1.25, .30, .067, 0."""
+    """Few characters, so that the labels of neighbouring bars do not touch: 107, 12.0, 1.25, .30, .067, 0."""
     if value is None:
         return "n/a"
+    if value >= 9.995:
+        return f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
     text = f"{value:.2f}" if value >= 0.0995 else f"{value:.3f}".rstrip("0").rstrip(".")
     return text.removeprefix("0") or "0"
 

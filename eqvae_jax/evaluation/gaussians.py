@@ -115,13 +115,15 @@ class Statistics:
         os.replace(partial, path)
 
 
-def load_statistics(path, spatial=False):
+def load_statistics(path, spatial=False, suffix=""):
     """Gaussian from an .npz with mu and sigma; spatial=True: mu_s and sigma_s, those of sFID in ADM's references.
+
+    suffix: what follows both names in the file, as `samples.statistics_suffix`.
 
     Raises:
       ValueError: the file is not an .npz, is cut short, has no such statistics, or they have impossible shapes.
     """
-    names = ("mu_s", "sigma_s") if spatial else ("mu", "sigma")
+    names = tuple(f"{name}_s{suffix}" if spatial else f"{name}{suffix}" for name in ("mu", "sigma"))
     try:
         with np.load(path) as file:
             missing = [name for name in names if name not in file]

@@ -1,7 +1,8 @@
-"""What latents look like over a set of images: their mean and standard deviation, and the scale they call for.
+"""What latents look like over a set of images: their moments and scale, their spectrum, their intrinsic dimension.
 
-The distribution described is that of posterior samples. Its moments need no sampling: by the law of total variance
-Var[z] = Var[mean] + E[std^2], over images and positions.
+The moments are those of posterior samples. They need no sampling: by the law of total variance
+Var[z] = Var[mean] + E[std^2], over images and positions. Spectrum and dimension are those of the posterior's mode; of
+a VQ model, of the features before quantisation.
 """
 
 import functools
@@ -11,7 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eqvae_jax.evaluation.intrinsic import IntrinsicDimension, two_nn
 from eqvae_jax.evaluation.reconstruction import placed_batches
+from eqvae_jax.evaluation.spectrum import Spectrum, SpectrumMeter
+
+SHARES_ABOVE = (0.25, 0.5)  # of the Nyquist frequency
 
 
 class Moments:
@@ -42,6 +47,10 @@ class Moments:
         return self._deviation / self.count
 
 
+class NotFinite(ValueError):
+    """A latent is NaN or infinite: the autoencoder is broken, not what it was asked."""
+
+
 class LatentStatistics(NamedTuple):
     """Of unscaled posterior samples, over images and positions.
 
@@ -63,6 +72,39 @@ def _mean_and_std(encode, params, x):
     return mean, getattr(posterior, "std", jnp.zeros_like(mean))  # a deterministic encoder has no std
 
 
+def _posteriors(encode, params, batches, progress):
+    """Yields mean and std (B,h,w,C), float32 on the host, of the real images of each batch."""
+    with jax.default_matmul_precision("highest"):  # the accelerators' default is TF32 or bf16
+        for x, _, mask, placed in placed_batches(batches, params, progress, "latents"):
+            real = slice(None) if mask is None else np.asarray(mask, bool)
+            yield tuple(np.asarray(array)[real] for array in _mean_and_std(encode, placed, x))
+
+
+class _StatisticsMeter:
+    """LatentStatistics from means and standard deviations that come in batches."""
+
+    def __init__(self):
+        self._images, self._means, self._noise = 0, Moments(), Moments()  # noise: of std^2, whose mean is E[std^2]
+
+    def add(self, mean, std):
+        mean, std = (np.asarray(array, np.float64) for array in (mean, std))
+        self._images += len(mean)
+        if not (np.isfinite(mean).all() and np.isfinite(std).all()):
+            raise NotFinite(f"Among the first {self._images} images are some whose latents are not finite.")
+        self._means.add(mean.reshape(-1, mean.shape[-1]))  # (B h w, C)
+        self._noise.add(np.square(std).reshape(-1, std.shape[-1]))
+
+    def result(self):
+        if not self._images:
+            raise ValueError("There is no image to take statistics of: the set is empty.")
+        variance, means = self._means.variance() + self._noise.mean, self._means.mean
+        # Every channel has as many values as any other, so the whole is their equal mixture.
+        overall = np.mean(variance) + np.var(means)
+        return LatentStatistics(
+            self._images, means, np.sqrt(variance), float(np.mean(means)), float(np.sqrt(overall))
+        )
+
+
 def latent_statistics(encode, params, batches, *, progress=True):
     """LatentStatistics of an autoencoder on a set of images, in one pass.
 
@@ -71,25 +113,91 @@ def latent_statistics(encode, params, batches, *, progress=True):
       batches: iterable of {"image": uint8 (B,H,W,3), "mask": bool (B,)}, as data.images.evaluation_batches.
 
     Raises:
-      ValueError: there is no image, or a latent is not finite.
+      ValueError: there is no image; NotFinite: a latent is not finite.
     """
-    images, means, noise = 0, Moments(), Moments()  # noise: of std^2, whose mean is E[std^2]
-    with jax.default_matmul_precision("highest"):  # the accelerators' default is TF32 or bf16
-        for x, _, mask, placed in placed_batches(batches, params, progress, "latents"):
-            mean, std = (np.asarray(array, np.float64) for array in _mean_and_std(encode, placed, x))
-            real = slice(None) if mask is None else np.asarray(mask, bool)
-            mean, std = mean[real], std[real]
-            images += len(mean)
-            if not (np.isfinite(mean).all() and np.isfinite(std).all()):
-                raise ValueError(f"Among the first {images} images are some whose latents are not finite.")
-            means.add(mean.reshape(-1, mean.shape[-1]))  # (B h w, C)
-            noise.add(np.square(std).reshape(-1, std.shape[-1]))
-    if not images:
-        raise ValueError("There is no image to take statistics of: the set is empty.")
-    variance = means.variance() + noise.mean
-    # Every channel has as many values as any other, so the whole is their equal mixture.
-    overall = np.mean(variance) + np.var(means.mean)
-    return LatentStatistics(images, means.mean, np.sqrt(variance), float(np.mean(means.mean)), float(np.sqrt(overall)))
+    meter = _StatisticsMeter()
+    for mean, std in _posteriors(encode, params, batches, progress):
+        meter.add(mean, std)
+    return meter.result()
+
+
+class LatentStructure(NamedTuple):
+    """statistics: LatentStatistics. spectrum: of spectrum.SpectrumMeter. shape: (h, w, C) of a latent.
+
+    dimension: intrinsic.IntrinsicDimension, or None where `why_no_dimension` says what two_nn found wrong.
+    """
+
+    statistics: LatentStatistics
+    spectrum: Spectrum
+    shape: tuple[int, int, int]
+    dimension: IntrinsicDimension | None
+    why_no_dimension: str
+
+
+def latent_structure(encode, params, batches, *, progress=True):
+    """LatentStructure of an autoencoder on a set of images, in one pass.
+
+    Holds the latents of all images at once, for the search of nearest neighbours: 4 h w C bytes each, and twice that
+    again while it searches. Args and errors as `latent_statistics`.
+    """
+    meter, spectrum, modes = _StatisticsMeter(), SpectrumMeter(), []
+    for mean, std in _posteriors(encode, params, batches, progress):
+        meter.add(mean, std)
+        spectrum.add(mean)
+        modes.append(mean)
+    statistics, points, why = meter.result(), np.concatenate(modes), ""
+    try:
+        dimension = two_nn(points)
+    except ValueError as error:  # too few images for a dimension are enough for the rest
+        dimension, why = None, str(error)
+    return LatentStructure(statistics, spectrum.result(), points.shape[1:], dimension, why)
+
+
+def latent_measures(structure, scale, shift):
+    """(flat metrics, details, warnings) of a LatentStructure, for the table and for metrics.json.
+
+    scale, shift: the autoencoder's own. Metrics, each a float, NaN where the latents allow none:
+      intrinsic_dimension, intrinsic_points, intrinsic_duplicates    TwoNN, the N it rests on, points left out
+      spectrum_above_0.25, spectrum_above_0.5    share of the energy above that part of the Nyquist frequency
+      latent_mean, latent_std, latent_channel_std_min, latent_channel_std_max    of unscaled samples
+      latent_scaled_std    after the autoencoder's own scale; diffusion is tuned for 1
+    """
+    statistics, spectrum, dimension, warnings = structure.statistics, structure.spectrum, structure.dimension, []
+    nan = float("nan")
+    if dimension is None:
+        warnings.append(f"no intrinsic dimension: {structure.why_no_dimension}")
+    values = {
+        "intrinsic_dimension": dimension.dimension if dimension else nan,
+        "intrinsic_points": float(dimension.n) if dimension else nan,
+        "intrinsic_duplicates": float(dimension.duplicates) if dimension else nan,
+    }
+    for frequency in SHARES_ABOVE:
+        try:
+            values[f"spectrum_above_{frequency:g}"] = spectrum.share_above(frequency)
+        except ValueError as error:
+            values[f"spectrum_above_{frequency:g}"] = nan
+            warnings.append(str(error))
+    values |= {
+        "latent_mean": statistics.mean,
+        "latent_std": statistics.std,
+        "latent_scaled_std": statistics.std * scale,
+        "latent_channel_std_min": float(statistics.channel_std.min()),
+        "latent_channel_std_max": float(statistics.channel_std.max()),
+    }
+    details = {
+        "shape": list(structure.shape),
+        "channel_mean": statistics.channel_mean.tolist(),
+        "channel_std": statistics.channel_std.tolist(),
+        "spectrum": {
+            "frequency": spectrum.frequency.tolist(),
+            "energy": spectrum.energy.mean(1).tolist(),
+            "coefficients": spectrum.coefficients.tolist(),
+        },
+    }
+    if statistics.std > 0:
+        unit_scale, mean = scale_and_shift(statistics, with_shift=shift != 0)
+        details |= {"unit_scale": unit_scale, "unit_shift": mean}
+    return values, details, list(dict.fromkeys(warnings))
 
 
 def scale_and_shift(statistics, with_shift):

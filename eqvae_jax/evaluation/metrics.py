@@ -10,20 +10,29 @@ import numpy as np
 
 # How a float image becomes the 8-bit image a viewer sees. "round" is clip(127.5 x + 128) cut to an integer:
 # half-up rounding, used by ADM, DiT and the released EQ-VAE evaluation. "truncate" is 127.5 (x + 1) cut to an
-# integer, LDM's own writer: half a grey level darker on average. "none" only clips.
-UINT8_CONVENTIONS = {"round": 128.0, "truncate": 127.5, "none": None}
+# integer, LDM's own writer: half a grey level darker on average; the 2^-12 added here lets images that were 8-bit stay
+# what they are, as x = u / 127.5 - 1 is rounded and a fused multiplication and addition shows it. "none" only clips.
+UINT8_CONVENTIONS = {"round": 128.0, "truncate": 127.5 + 2**-12, "none": None}
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # Wang et al. 2004
 SSIM_K1, SSIM_K2 = 0.01, 0.03
+
+
+def _levels(x, offset):
+    """Grey levels 0 .. 255 of images that are clipped already, as float32."""
+    return jnp.clip(jnp.floor(127.5 * x + offset), 0.0, 255.0)
 
 
 def as_displayed(x, uint8="round"):
     """Clips (B, H, W, C) to [-1, 1] and rounds it to 8 bits by one of UINT8_CONVENTIONS; still float32."""
     x = jnp.clip(x.astype(jnp.float32), -1.0, 1.0)
     offset = UINT8_CONVENTIONS[uint8]
-    if offset is None:
-        return x
-    return jnp.clip(jnp.floor(127.5 * x + offset), 0.0, 255.0) / 127.5 - 1.0
+    return x if offset is None else _levels(x, offset) / 127.5 - 1.0
+
+
+def to_bytes(x, uint8="round"):
+    """The 8-bit images of `as_displayed`, uint8 (B, H, W, C); `uint8` is "round" or "truncate"."""
+    return _levels(jnp.clip(x.astype(jnp.float32), -1.0, 1.0), UINT8_CONVENTIONS[uint8]).astype(jnp.uint8)
 
 
 def l1(x, y):

@@ -149,9 +149,10 @@ def _numbers(document):
     note = f"{_images(document)}."
     if len(results) > 1:
         note = f"Bold: best of the line. Small: change from {reference}. {note}"
+    notes = "".join(f'<p class="soft">{escape(text)}</p>\n' for text in [note, *document.get("warnings", [])])
     return (
         f'<div class="scroll"><table><thead><tr><th></th><th scope="col">better</th>{head}</tr></thead>\n'
-        f'<tbody>\n{"".join(body)}</tbody></table></div>\n<p class="soft">{escape(note)}</p>\n'
+        f'<tbody>\n{"".join(body)}</tbody></table></div>\n{notes}'
     )
 
 
@@ -183,6 +184,8 @@ def _provenance(document):
     for key, value in document["protocol"].items():
         if isinstance(value, (str, int, float)) and key not in _IN_IMAGES:
             rows.append([key.replace("_", " "), value])
+    if features := document["protocol"].get("rfid"):
+        rows.append(["features of rFID", "{name}, weights {hash}, input {protocol}".format(**features)])
     rows += [[key, value] for key, value in document["software"].items()]
     rows.append(["command", " ".join(document["command"])])
     return _table(["", ""], rows) + _details("Every number, as in metrics.json", document["results"])

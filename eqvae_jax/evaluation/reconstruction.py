@@ -10,7 +10,6 @@ the shape of the image, so the 2 x 6 networks of the paper's six transforms need
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,25 +21,9 @@ from eqvae_jax import equivariance
 from eqvae_jax.autoencoders.objective import to_float
 from eqvae_jax.autoencoders.vq import Features
 from eqvae_jax.evaluation import metrics
+from eqvae_jax.evaluation.rfid import Pairs
+from eqvae_jax.evaluation.transforms import family_means
 from eqvae_jax.features.lpips import lpips as lpips_distance
-
-PAPER_TURNS, PAPER_SCALES = (1, 2, 3), (0.25, 0.5, 0.75)  # appendix C.3: R(theta) and S(s)
-
-
-class Transform(NamedTuple):
-    """One tau of an evaluation.
-
-    family: "R" (quarter turns) or "S" (scales); label: degrees clockwise, or the scale that was asked for.
-    size, image_size: (height, width) of the scaled latent and image, before turning; None for a turn.
-    scale: the scale that the rounded latent size amounts to (height only; 1 for a turn).
-    """
-
-    family: str
-    label: str
-    size: tuple[int, int] | None = None
-    image_size: tuple[int, int] | None = None
-    turns: int = 0
-    scale: float = 1.0
 
 
 @functools.cache
@@ -89,32 +72,6 @@ def latent_size(encode, decode, params, image_size):
     return latent.shape[1:3]
 
 
-def transforms(latent, factor, turns=PAPER_TURNS, scales=PAPER_SCALES):
-    """The taus of R and S for a latent of (h, w), in an autoencoder that downsamples by `factor`.
-
-    A latent side times a scale is rounded to whole latent pixels; `Transform.scale` says which scale that is.
-
-    Raises:
-      ValueError: a turn is not 1, 2 or 3, or a scale leaves no pixel or changes nothing at this latent size.
-    """
-    chosen = []
-    for turn in turns:
-        if turn not in (1, 2, 3):
-            raise ValueError(f"A turn is 1, 2 or 3 quarters clockwise, not {turn}.")
-        chosen.append(Transform("R", str(90 * turn), turns=turn))
-    for scale in scales:
-        size = tuple(int(side * scale + 0.5) for side in latent)
-        if min(size) < 1 or size == tuple(latent):
-            raise ValueError(
-                f"Scale {scale:g} of a {latent[0]} x {latent[1]} latent is {size[0]} x {size[1]}: "
-                f"use larger images (a latent of 4 x 4, {4 * factor} x {4 * factor} pixels, is the least for "
-                f"0.25, 0.5 and 0.75) or other scales."
-            )
-        image_size = (size[0] * factor, size[1] * factor)
-        chosen.append(Transform("S", f"{scale:g}", size, image_size, scale=size[0] / latent[0]))
-    return chosen
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(encode, params, x, key, number):
     """x (B,H,W,3) -> {"mode"[, "sample"]} (B,h,w,C); an image's noise comes from `key` and its `number`."""
@@ -144,12 +101,14 @@ def _move(x, z, transform, method, antialias):
     return equivariance.apply_tau(x, size=transform.image_size, **options), moved
 
 
-@functools.partial(jax.jit, static_argnames="uint8")
-def _reconstruction_scores(x, y, uint8, lpips):
+@functools.partial(jax.jit, static_argnames=("uint8", "ssim_range", "ssim_border"))
+def _reconstruction_scores(x, y, uint8, ssim_range, ssim_border, lpips):
     shown_x, shown_y = metrics.as_displayed(x, uint8), metrics.as_displayed(y, uint8)
+    # The range of the image itself is the released evaluation's choice, which takes it of the unclipped decode.
+    pair = (x, y) if ssim_range is None else (shown_x, shown_y)
     scores = {
         "psnr": metrics.psnr(shown_x, shown_y),
-        "ssim": metrics.ssim(shown_x, shown_y),
+        "ssim": metrics.ssim(*pair, data_range=ssim_range, border=ssim_border),
         "l1": metrics.l1(shown_x, shown_y),
         "mse": metrics.mse(shown_x, shown_y),
     }
@@ -174,41 +133,52 @@ def _equivariance_scores(transform, target, moved, encoded, decoded, floor, uint
 
 
 def reconstruct(
-    encode, decode, params, batches, *, assign=None, lpips=None, posterior="mode", uint8="round", seed=0, progress=True
-):
+    encode, decode, params, batches, *, assign=None, lpips=None, extractor=None, references=None, posterior="mode",
+    uint8="round", ssim_range=2.0, ssim_border="valid", seed=0, progress=True,
+):  # fmt: skip
     """Means over a set of images of the errors of D(E(x)), and which codes E(x) uses.
 
     Args:
       batches: iterable of {"image": uint8 (B,H,W,3), "mask": bool (B,)}, as data.images.evaluation_batches.
       assign: from `assignment`; None for a model without a codebook.
       lpips: parameters of features.lpips, or None to leave LPIPS out.
+      extractor: the features of rFID, as evaluation.feature_sets.Extractor, or None to leave rFID out.
+      references: as rfid.Pairs, for several autoencoders on the same images.
       posterior: "mode" or "sample", the latent that is decoded. The released evaluation samples.
       uint8: one of metrics.UINT8_CONVENTIONS; PSNR, SSIM, L1 and MSE are those of the 8-bit images, with
         differences in units of the [-1, 1] range.
+      ssim_range, ssim_border: as metrics.ssim. A range of None is the released evaluation's SSIM, of images that
+        are neither clipped nor 8-bit.
 
     Returns:
-      {"psnr", "ssim", "l1", "mse"[, "lpips"]: float, "count": images measured}, and with a codebook
-      "codebook_usage" and "codebook_perplexity" of the whole set, as metrics.CodeCounts.
+      {"psnr", "ssim", "l1", "mse"[, "lpips"]: float, "count": images measured}, with an extractor "rfid" (its key as
+      feature_sets.label), and with a codebook "codebook_usage" and "codebook_perplexity" of the whole set, as
+      metrics.CodeCounts.
     """
     codes, size = assign or (None, 0)
     means, counts, key = metrics.Means(), metrics.CodeCounts(size), jax.random.key(seed)
+    pairs = Pairs(extractor, uint8, references) if extractor else None
     with jax.default_matmul_precision("highest"):  # the accelerators' default is TF32 or bf16
         for x, number, mask, placed in placed_batches(batches, params, progress, "reconstruction"):
             z = _chosen(_encode(encode, placed, x, key, number), posterior)
-            means.add(_reconstruction_scores(x, _run(decode, placed, z), uint8, lpips), mask)
+            y = _run(decode, placed, z)
+            means.add(_reconstruction_scores(x, y, uint8, ssim_range, ssim_border, lpips), mask)
+            if pairs:
+                pairs.add("", x, y, mask)
             if codes:
                 counts.add(_run(codes, placed, z), mask)
-    return means.result() | (counts.result() if codes else {}) | {"count": means.count()}
+    sets = (counts.result() if codes else {}) | (pairs.result() if pairs else {})
+    return means.result() | sets | {"count": means.count()}
 
 
 def equivariance_errors(
-    encode, decode, params, batches, chosen, *, posterior="mode", uint8="round", method="bilinear", antialias=False,
-    seed=0, progress=True,
+    encode, decode, params, batches, chosen, *, extractor=None, references=None, posterior="mode", uint8="round",
+    method="bilinear", antialias=False, seed=0, progress=True,
 ):  # fmt: skip
     """Means over a set of images of how far the autoencoder is from commuting with each tau.
 
     Args: as `reconstruct`, and
-      chosen: a list from `transforms`.
+      chosen: a list from transforms.choose.
       method, antialias: interpolation of images and latents, as `equivariance.apply_tau`.
 
     Returns a flat dict of floats. For each transform's label (90, 180, 270, 0.25 ...):
@@ -217,11 +187,14 @@ def equivariance_errors(
                                     which have none
       pixel_l1/label, pixel_psnr/   D(tau E(x)) against tau x: what EQ-VAE trains
       floor_l1/label, floor_psnr/   D(E(tau x)) against tau x: what is left when tau comes first
-    the mean over each family's transforms (R, S, R_sample, S_sample, pixel_l1/R, pixel_l1/S ...), "count", and
+      rfid/label                    with an extractor, rFID of D(tau E(x)) against tau x, both made 8-bit after
+                                    tau: the paper's Figure 3
+    the mean over each family's transforms (R, S, R_sample, S_sample, pixel_l1/R, rfid_R ...), "count", and
       excess_l1/R, excess_l1/S      pixel_l1 less floor_l1: what commuting costs beside reconstruction itself;
                                     it can be negative
     """
     means, key = metrics.Means(), jax.random.key(seed)
+    pairs = Pairs(extractor, uint8, references) if extractor else None
     with jax.default_matmul_precision("highest"):
         for x, number, mask, placed in placed_batches(batches, params, progress, "equivariance"):
             z = _encode(encode, placed, x, key, number)
@@ -233,7 +206,10 @@ def equivariance_errors(
                 means.add(
                     _equivariance_scores(transform, target, moved, encoded, decoded, floor, uint8), mask
                 )
-    return means.result() | _family_means(means.result(), chosen) | {"count": means.count()}
+                if pairs:
+                    pairs.add(transform.label, target, decoded, mask)
+    values = means.result() | (pairs.result() if pairs else {})
+    return values | family_means(values, chosen) | {"count": means.count()}
 
 
 def pictures(encode, decode, params, batch, chosen, *, method="bilinear", antialias=False):
@@ -241,38 +217,29 @@ def pictures(encode, decode, params, batch, chosen, *, method="bilinear", antial
 
     Returns:
       {"image": (B,H,W,3), "latent": (B,h,w,C), "reconstruction": (B,H,W,3),
-       "target": {label: tau x}, "moved": {label: D(tau E(x))}}, images in [-1, 1] as displayed.
+       "target": {label: tau x}, "first": {label: D(E(tau x))}, "moved": {label: D(tau E(x))}},
+      images in [-1, 1] as displayed.
     """
-    shown = {"target": {}, "moved": {}}
+    shown = {"target": {}, "first": {}, "moved": {}}
     with jax.default_matmul_precision("highest"):
         for x, number, _, placed in placed_batches([batch], params, False, ""):
             z = _encode(encode, placed, x, jax.random.key(0), number)
             shown |= {"image": x, "latent": z["mode"], "reconstruction": _run(decode, placed, z["mode"])}
             for transform in chosen:
-                shown["target"][transform.label], moved = _move(x, z, transform, method, antialias)
+                target, moved = _move(x, z, transform, method, antialias)
+                encoded = _encode(encode, placed, target, jax.random.key(0), number)
+                shown["target"][transform.label] = target
+                shown["first"][transform.label] = _run(decode, placed, encoded["mode"])
                 shown["moved"][transform.label] = _run(decode, placed, moved["mode"])
     clipped = lambda image: np.clip(jax.device_get(image), -1.0, 1.0)
     return {
         "image": clipped(shown["image"]),  # 255 comes back from the device as 1.0000001
         "latent": jax.device_get(shown["latent"]),
         "reconstruction": clipped(shown["reconstruction"]),
-        "target": {label: clipped(image) for label, image in shown["target"].items()},
-        "moved": {label: clipped(image) for label, image in shown["moved"].items()},
+    } | {
+        which: {label: clipped(image) for label, image in shown[which].items()}
+        for which in ("target", "first", "moved")
     }
-
-
-def _family_means(values, chosen):
-    """Means over each family's transforms (R from R/90, R/180, R/270; pixel_l1/R from pixel_l1/90 ...), and excess."""
-    result = {}
-    for family in dict.fromkeys(transform.family for transform in chosen):
-        labels = [transform.label for transform in chosen if transform.family == family]
-        names = {family: family, f"{family}_sample": f"{family}_sample"}
-        names |= {pixel: f"{pixel}/{family}" for pixel in ("pixel_l1", "pixel_psnr", "floor_l1", "floor_psnr")}
-        for prefix, name in names.items():
-            if f"{prefix}/{labels[0]}" in values:
-                result[name] = float(np.mean([values[f"{prefix}/{label}"] for label in labels]))
-        result[f"excess_l1/{family}"] = result[f"pixel_l1/{family}"] - result[f"floor_l1/{family}"]
-    return result
 
 
 def placed_batches(batches, params, progress, name):

@@ -1,5 +1,6 @@
 """The comparison table: which numbers, in which order and direction, and as text; page.py has it in HTML."""
 
+import re
 from typing import NamedTuple
 
 
@@ -8,9 +9,9 @@ class Row(NamedTuple):
 
     key: str
     label: str
-    better: str  # "higher" or "lower"
+    better: str  # "higher", "lower", or "" where there is neither
     digits: int
-    change: str  # "difference" (in the row's unit) or "percent" of the baseline
+    change: str  # "difference" (in the row's unit), "percent" of the baseline, or "" for what has no better
     mean: bool = False  # a mean over the lines above it
 
 
@@ -32,8 +33,17 @@ def groups(results):
         labels = [key.split("/")[1] for key in keys if key.startswith(f"{family}/")]
         return [lower(f"{prefix}/{label}", unit.format(label), mean=False) for label in labels]
 
+    def plain(key, label, digits):
+        return Row(key, label, "", digits, "")
+
+    def distance(key, label, mean=True):
+        return Row(key, label, "lower", 2, "percent", mean)
+
+    # "rfid", "rfid(fashion-cnn)": without the transforms and the means over them
+    rfids = list(dict.fromkeys(re.sub("_[RS]$", "", key.split("/")[0]) for key in keys if key.startswith("rfid")))
     table = {
         "Reconstruction D(E(x))": [
+            *(distance(name, rfid_label(name), mean=False) for name in rfids),
             Row("psnr", "PSNR, dB", "higher", 2, "difference"),
             Row("ssim", "SSIM", "higher", 4, "difference"),
             lower("lpips", "LPIPS", mean=False),
@@ -49,6 +59,14 @@ def groups(results):
             lower("R_sample", "R of posterior samples"),
             lower("S_sample", "S of posterior samples"),
         ],
+        **{
+            f"{rfid_label(name)} of D(tau E(x)) against tau x": [
+                *(row._replace(digits=2) for row in each(name, "R")), distance(f"{name}_R", "mean of the turns"),
+                *(row._replace(digits=2) for row in each(name, "S")), distance(f"{name}_S", "mean of the scales"),
+            ]
+            for name in rfids
+        },
+        "Generated images against the reference": _of_generation(keys),
         f"{_PIXELS}, mean |difference| of [-1, 1]": [
             *each("pixel_l1", "R"), lower("pixel_l1/R", "mean of the turns"),
             *each("pixel_l1", "S"), lower("pixel_l1/S", "mean of the scales"),
@@ -65,9 +83,47 @@ def groups(results):
             Row("excess_l1/R", "mean of the turns", "lower", 4, "difference", mean=True),
             Row("excess_l1/S", "mean of the scales", "lower", 4, "difference", mean=True),
         ],
+        "Simplicity of the latents": [
+            Row("intrinsic_dimension", "intrinsic dimension (TwoNN)", "lower", 1, "percent"),
+            plain("intrinsic_points", "points it rests on", 0),
+            plain("intrinsic_duplicates", "duplicates left out", 0),
+            lower("spectrum_above_0.25", "energy above 1/4 of Nyquist", mean=False),
+            lower("spectrum_above_0.5", "energy above 1/2 of Nyquist", mean=False),
+        ],
+        "Size of the latents (posterior samples)": [
+            plain("latent_mean", "mean", 3),
+            plain("latent_std", "standard deviation", 3),
+            plain("latent_scaled_std", "the same after the model's scale", 3),
+            plain("latent_channel_std_min", "of the least varied channel", 3),
+            plain("latent_channel_std_max", "of the most varied channel", 3),
+        ],
     }
     present = [(heading, [row for row in rows if row.key in keys]) for heading, rows in table.items()]
     return [(heading, rows) for heading, rows in present if rows]
+
+
+def _of_generation(keys):
+    """Rows of what evaluation.generation measures: other features than Inception's follow the name in brackets."""
+    known = {
+        "fid": ("FID", "lower", 3, "percent"),
+        "sfid": ("sFID", "lower", 3, "percent"),
+        "kid": ("KID", "lower", 5, "percent"),
+        "inception_score": ("IS", "higher", 2, "difference"),
+        "precision": ("precision", "higher", 4, "difference"),
+        "recall": ("recall", "higher", 4, "difference"),
+    }
+    named = {key: key.partition("(")[::2] for key in keys}
+    return [
+        Row(key, f"{name}({rest}" if rest else name, better, digits + bool(rest), change)
+        for metric, (name, better, digits, change) in known.items()
+        for key, (stem, rest) in named.items()
+        if stem == metric
+    ]
+
+
+def rfid_label(key):
+    """"rfid(fashion-cnn)" as it is printed: rFID(fashion-cnn)."""
+    return key.replace("rfid", "rFID", 1)
 
 
 def baseline(names):
@@ -78,6 +134,8 @@ def baseline(names):
 
 def best(row, results):
     """Names of the columns with the best value as printed; none where all agree or only one has a value."""
+    if not row.better:
+        return set()
     values = {name: column.get(row.key) for name, column in results.items()}
     values = {name: round(value, row.digits) for name, value in values.items() if value is not None}
     if len(set(values.values())) < 2:
@@ -94,7 +152,7 @@ def cell(row, value):
 def change(row, results, name, reference):
     """What `name` changes from `reference`: "+0.12" in the row's unit, or "-63%"; "" where nothing can be said."""
     value, old = results[name].get(row.key), results[reference].get(row.key)
-    if name == reference or value is None or old is None or (row.change == "percent" and old == 0):
+    if not row.change or name == reference or value is None or old is None or (row.change == "percent" and old == 0):
         return ""
     if row.change == "difference":
         return f"{value - old:+z.{row.digits}f}"
@@ -131,9 +189,10 @@ def format_table(metrics):
     images = metrics["images"]
     side = images["image_size"]
     note = f"{images['count']} images of {side} x {side} pixels from {images['reference']}"
+    note = metrics.get("note", note)
     if len(results) > 1:
         note = f"* best of the line; in brackets: change from {reference}; {note}"
-    return "\n".join([*texts, "", note])
+    return "\n".join([*texts, "", note, *(f"note: {warning}" for warning in metrics.get("warnings", []))])
 
 
 def verdict(metrics):

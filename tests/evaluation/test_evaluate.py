@@ -3,9 +3,11 @@ import json
 import numpy as np
 import pytest
 import toy_autoencoder as toys
+import toy_features
 from PIL import Image
 
 from eqvae_jax import evaluate, weights
+from eqvae_jax.evaluation import feature_sets
 
 
 @pytest.fixture
@@ -65,6 +67,36 @@ def test_reconstruction_takes_a_limit_and_says_what_is_not_finite(run, folder, m
     code, out, err, document = run("reconstruction", "--autoencoder=toy:0", f"--images={folder}", "--image_size=32")
     assert code == 0 and document["results"]["toy:0"]["psnr"] is None
     assert "n/a" in out and "not finite" in err and "psnr" in err
+
+
+def test_latents_have_a_table_and_a_spectrum_to_look_at(run, folder, tmp_path):
+    code, out, _, document = run("latents", "--autoencoder=toy:0", f"--images={folder}", "--image_size=32")
+    assert code == 0 and {"intrinsic_dimension", "latent_std"} <= set(document["results"]["toy:0"])
+    assert "intrinsic dimension" in out and "beside it, as PNG and PDF" in out
+    assert {"spectrum.png", "spectrum.pdf"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize("measure", ["reconstruction", "equivariance"])
+def test_features_bring_rfid_under_their_name_and_the_figures(run, folder, tmp_path, monkeypatch, measure):
+    extractor, _ = toy_features.extractor("fashion-cnn")
+    asked = []
+    monkeypatch.setattr(feature_sets, "open_extractor", lambda *what: asked.append(what) or extractor)
+    code, out, _, document = run(
+        measure, "--autoencoder=toy:0", f"--images={folder}", "--image_size=32", "--features=workdir:W",
+        "--protocol=pytorch-fid",
+    )  # fmt: skip
+    assert code == 0 and asked == [("workdir:W", "", "pytorch-fid")]
+    assert any(key.startswith("rfid(fashion-cnn)") for key in document["results"]["toy:0"])
+    assert "rFID(fashion-cnn)" in out and document["protocol"]["rfid"]["hash"] == "1234"
+    assert list((tmp_path / "out").glob("*.pdf"))
+
+
+def test_the_released_evaluations_ssim_can_be_asked_for(run, folder):
+    arguments = "--autoencoder=toy:0", f"--images={folder}", "--image_size=32"
+    ours = run("reconstruction", *arguments)[3]
+    theirs = run("reconstruction", *arguments, "--ssim_range=image", "--ssim_border=reflect")[3]
+    assert "range of each pair" in theirs["protocol"]["ssim"] and "data range 2" in ours["protocol"]["ssim"]
+    assert theirs["results"]["toy:0"]["ssim"] != ours["results"]["toy:0"]["ssim"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 
 import matplotlib.figure
 import numpy as np
@@ -54,6 +55,58 @@ def test_the_tau_grid_prints_each_error_and_marks_the_smallest(rng):
     bold = [text.get_text() for text in figure.findobj(matplotlib.text.Text) if text.get_fontweight() == "bold"]
     assert bold == ["error 0.125", "error 0.125"]
     figure.savefig(io.BytesIO())  # draws every text
+
+
+def test_with_both_orders_the_plain_reconstruction_stands_before_each_decode_of_a_moved_latent(rng):
+    target = {"90": smooth(rng, 16, 16, 3) / 2}
+    decodes = lambda error: {"90": target["90"] + error}
+    moved = {"control": decodes(0.25), "EQ-VAE with a long name": decodes(0.125)}
+    first = {"control": decodes(0.0625), "EQ-VAE with a long name": decodes(0.5)}
+    figure = figures.tau_grid(target, moved, first)
+    captions = [axis.get_xlabel() for axis in figure.axes]
+    assert captions == ["", "error 0.062", "error 0.250", "error 0.500", "error 0.125"]
+    bold = [text.get_text() for text in figure.findobj(matplotlib.text.Text) if text.get_fontweight() == "bold"]
+    assert bold == ["error 0.125"]  # among the moved
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles[1] == "control\n" + r"$D(E(\tau x))$" and titles[2] == "control\n" + r"$D(\tau E(x))$"
+    shown = [np.asarray(axis.images[0].get_array()) for axis in figure.axes]
+    np.testing.assert_allclose(shown[1] - shown[0], 0.0625 / 2, atol=1e-6)
+    narrow = figures.tau_grid(target, moved, first, width=figures.COLUMN)
+    assert narrow.get_size_inches()[0] <= figures.COLUMN + 1e-6
+    assert [axis.get_xlabel() for axis in narrow.axes][1] == "0.062"
+    assert narrow.axes[3].get_title().count("\n") > 1  # a long name is broken into lines
+
+
+def test_samples_stand_in_rows_with_white_between_and_behind_them(rng):
+    images = rng.integers(0, 250, (5, 8, 12, 3), np.uint8)
+    figure = figures.sample_grid(images, columns=3, width=4)
+    mosaic = np.asarray(figure.axes[0].images[0].get_array())
+    assert mosaic.shape == (17, 38, 3) and figure.get_size_inches() == pytest.approx([4, 4 * 17 / 38])
+    np.testing.assert_allclose(mosaic[9:, 13:25], images[4] / 255, atol=1e-6)
+    assert (mosaic[8] == 1).all() and (mosaic[:, 12] == 1).all() and (mosaic[9:, 26:] == 1).all()
+    floats = figures.sample_grid(images / np.float32(127.5) - 1, columns=3).axes[0].images[0].get_array()
+    np.testing.assert_allclose(floats, mosaic, atol=1e-6)
+    tall = figures.sample_grid(images, columns=1)
+    assert tall.get_size_inches()[1] == pytest.approx(figures.HEIGHT)
+    assert figures.sample_grid(images).axes[0].images[0].get_array().shape == (17, 38, 3)  # 3 x 2 is about square
+
+
+@pytest.mark.parametrize("images, says", [
+    (np.zeros((0, 8, 8, 3), np.uint8), "at least one image"), (np.zeros((8, 8, 3), np.uint8), "(N, H, W, 3)"),
+    (np.zeros((1, 8, 8, 3), np.int32), "not int32"),
+])  # fmt: skip
+def test_what_is_no_set_of_samples_is_refused(images, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        figures.sample_grid(images)
+
+
+def test_what_is_not_finite_is_drawn_grey(rng):
+    latent = smooth(rng, 4, 4, 4)
+    latent[1, 1, 0] = np.nan
+    assert (figures.pca_rgb(latent) == 0.5).all()
+    image = smooth(rng, 1, 8, 8, 3)
+    figure = figures.reconstruction_grid(image, {"diverged": image * np.nan})
+    assert (np.asarray(figure.axes[1].images[0].get_array()) == 0.5).all()
 
 
 def test_figures_are_written_as_png_and_pdf_at_paper_width(rng, tmp_path):
@@ -112,7 +165,7 @@ def test_an_interrupted_figure_leaves_nothing(monkeypatch, tmp_path):
 
 
 def test_short_numbers():
-    expected = {1.254: "1.25", 0.304: ".30", 0.0671: ".067", 0.002: ".002", 0.0001: "0", 12.0: "12.00"}
+    expected = {1.254: "1.25", 0.304: ".30", 0.0671: ".067", 0.002: ".002", 0.0001: "0", 12.0: "12.0", 107.4: "107"}
     assert {value: charts._short(value) for value in expected} == expected
 
 

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -128,3 +129,16 @@ def test_ssim_is_that_of_torchmetrics(rng, torch, lpips_package, data_range, bor
         # torchmetrics <= 1.4.1 left out the border of 5 pixels, where windows see reflections; later versions keep it.
         expected.append(float(mean if border == "reflect" else full[..., 5:-5, 5:-5].mean()))
     np.testing.assert_allclose(metrics.ssim(x, y, data_range, border), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("convention", ["round", "truncate"])
+def test_images_that_were_8_bit_stay_what_they_are_in_a_compiled_program_too(convention):
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    x = jnp.asarray(levels, jnp.float32) / 127.5 - 1
+    for convert in (metrics.to_bytes, jax.jit(metrics.to_bytes, static_argnums=1)):
+        np.testing.assert_array_equal(convert(x, convention), levels)
+    y = x + 0.6 / 127.5
+    shown = metrics.as_displayed(y, convention)
+    np.testing.assert_array_equal(np.rint((np.asarray(shown) + 1) * 127.5), metrics.to_bytes(y, convention))
+    above = {"round": 1, "truncate": 0}[convention]
+    np.testing.assert_array_equal(metrics.to_bytes(y, convention), np.minimum(levels.astype(int) + above, 255))

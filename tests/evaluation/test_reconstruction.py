@@ -1,59 +1,17 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_autoencoder import Posterior, enlarge, pool
+from toy_autoencoder import PARAMS, batches_of, noisy, photographs, pool, pooling, ramping, upsampling
 
 from eqvae_jax import equivariance
 from eqvae_jax.autoencoders.presets import PRESETS
 from eqvae_jax.autoencoders.vq import Features
-from eqvae_jax.evaluation import reconstruction
-
-
-def pooling(params, x):
-    z = pool(x, 2)
-    return Posterior(z, jnp.zeros_like(z))
-
-
-def upsampling(params, z):
-    return enlarge(z, 2)
-
-
-def ramping(params, x):
-    z = pool(x, 2) * (1.0 + 2.0 * jnp.arange(x.shape[2] // 2))[None, None, :, None]
-    return Posterior(z, jnp.zeros_like(z))
-
-
-def noisy(params, x):
-    z = pool(x, 2)
-    return Posterior(z, jnp.full_like(z, 0.5))
-
-
-PARAMS = {}
-
-
-def batches_of(images, size, pad_value=255):
-    """Batches of `size`; the last is padded with images that would change every number."""
-    result = []
-    for start in range(0, len(images), size):
-        rows = images[start : start + size]
-        short = size - len(rows)
-        padding = np.full((short, *images.shape[1:]), pad_value, np.uint8)
-        result.append(
-            {
-                "image": np.concatenate([rows, padding]),
-                "mask": np.arange(size) < len(rows),
-            }
-        )
-    return result
-
-
-def photographs(rng, count, side):
-    return rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+from eqvae_jax.evaluation import metrics, reconstruction, transforms
 
 
 def errors(encode, decode, images, *, factor=2, batch=2, turns=(1, 2, 3), scales=(0.5,), **options):
     latent = reconstruction.latent_size(encode, decode, PARAMS, images.shape[1:3])
-    chosen = reconstruction.transforms(latent, factor, turns, scales)
+    chosen = transforms.choose(latent, factor, turns, scales)
     return reconstruction.equivariance_errors(
         encode, decode, PARAMS, batches_of(images, batch), chosen, **options
     )
@@ -157,24 +115,27 @@ def test_reconstruct_averages_images_and_decodes_what_it_was_asked_to(rng, monke
 
 def test_pictures_are_the_arrays_behind_the_numbers(rng):
     images = photographs(rng, 2, 8)
-    chosen = reconstruction.transforms((4, 4), 2, (2, 1), (0.5,))
+    chosen = transforms.choose((4, 4), 2, (2, 1), (0.5,))
     shown = reconstruction.pictures(pooling, upsampling, PARAMS, batches_of(images, 2)[0], chosen)
     np.testing.assert_allclose(shown["image"], images / np.float32(127.5) - 1, atol=1e-6)
     np.testing.assert_allclose(shown["target"]["90"], np.rot90(shown["image"], -1, (1, 2)))
     np.testing.assert_allclose(shown["moved"]["90"], np.rot90(shown["reconstruction"], -1, (1, 2)), atol=1e-6)
-    assert list(shown["moved"]) == list(shown["target"]) == ["180", "90", "0.5"]
+    assert list(shown["moved"]) == list(shown["target"]) == list(shown["first"]) == ["180", "90", "0.5"]
+    through = upsampling(PARAMS, pooling(PARAMS, shown["target"]["0.5"]).mode())
+    np.testing.assert_allclose(shown["first"]["0.5"], through, atol=1e-6)
+    assert np.abs(shown["first"]["0.5"] - shown["target"]["0.5"]).max() > 0.1
     assert shown["moved"]["0.5"].shape == (2, 4, 4, 3) and shown["latent"].shape == (2, 4, 4, 3)
 
 
 def test_transforms_round_and_record_the_scale_or_refuse():
-    chosen = reconstruction.transforms((9, 9), 8)
+    chosen = transforms.choose((9, 9), 8)
     assert [t.label for t in chosen] == ["90", "180", "270", "0.25", "0.5", "0.75"]
     assert [t.size for t in chosen[3:]] == [(2, 2), (5, 5), (7, 7)]
     assert chosen[4].image_size == (40, 40) and chosen[4].scale == pytest.approx(5 / 9)
     with pytest.raises(ValueError, match="32 x 32 pixels"):
-        reconstruction.transforms((1, 1), 8)
+        transforms.choose((1, 1), 8)
     with pytest.raises(ValueError, match="quarters"):
-        reconstruction.transforms((4, 4), 8, turns=(4,))
+        transforms.choose((4, 4), 8, turns=(4,))
 
 
 def test_an_image_side_that_does_not_come_back_is_refused_before_compiling():
@@ -228,3 +189,18 @@ def test_only_models_with_a_codebook_assign_codes():
     codebook = np.arange(16, dtype=np.float32)[:, None] * np.ones(4, np.float32)
     z = np.array([2.1, 7.6, -3, 40], np.float32).reshape(1, 2, 2, 1) * np.ones(4, np.float32)
     assert codes({"codebook": codebook}, z).tolist() == [[[2, 8], [0, 15]]]
+
+
+def test_ssim_takes_the_variant_that_was_asked_for(rng):
+    images, double = photographs(rng, 3, 16), lambda params, z: 2 * upsampling(params, z)  # beyond [-1, 1]
+    x = images.astype(np.float32) / 127.5 - 1
+    y = double(PARAMS, pooling(PARAMS, x).mode())
+    measure = lambda **options: reconstruction.reconstruct(pooling, double, PARAMS, batches_of(images, 2), **options)
+    ssim = lambda **options: measure(**options)["ssim"]
+    released = float(metrics.ssim(x, y, data_range=None, border="reflect").mean())
+    assert ssim(ssim_range=None, ssim_border="reflect") == pytest.approx(released, rel=1e-5)
+    clipped = np.clip(y, -1, 1)
+    assert ssim(uint8="none") == pytest.approx(float(metrics.ssim(x, clipped).mean()), rel=1e-5)
+    reflected = float(metrics.ssim(x, clipped, border="reflect").mean())
+    assert ssim(uint8="none", ssim_border="reflect") == pytest.approx(reflected, rel=1e-5)
+    assert len({round(value, 4) for value in (released, reflected, ssim(), ssim(ssim_range=1.0))}) == 4

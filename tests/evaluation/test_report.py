@@ -2,7 +2,6 @@ import html.parser
 import json
 import re
 
-import numpy as np
 import pytest
 import toy_autoencoder as toys
 
@@ -76,9 +75,10 @@ def test_a_comparison_leaves_numbers_and_figures(workdirs, compared):
     column = document["results"][HOSTILE]
     assert column["R"] == pytest.approx(0, abs=1e-8) and {"psnr", "ssim", "S", "pixel_l1/R"} <= set(column)
     assert document["runs"]["control"]["step"] == 28 and document["images"]["image_size"] == 32
+    assert column["intrinsic_dimension"] is None and len(document["warnings"]) == 3  # two images are too few for TwoNN
     assert json.loads((output / "metrics.json").read_text(), parse_constant=pytest.fail) == document
     stems = {path.stem for path in output.glob("*.png")}
-    assert stems == {"tau_1", "tau_2", "latent_pca", "reconstruction", "errors", "curves"}
+    assert stems == {"tau_1", "tau_2", "latent_pca", "spectrum", "reconstruction", "errors", "transforms", "curves"}
     assert stems == {path.stem for path in output.glob("*.pdf")}
     assert HOSTILE in report.format_table(document) and "against control" in report.verdict(document)
 
@@ -86,10 +86,11 @@ def test_a_comparison_leaves_numbers_and_figures(workdirs, compared):
 def test_the_page_is_well_formed_and_needs_nothing_else(compared):
     path = compared[1] / "report.html"
     page = parse(path)
-    assert len(page.images) == 6 and all(source.startswith("data:image/png;base64,") for source in page.fetching)
+    assert len(page.images) == 8 and all(source.startswith("data:image/png;base64,") for source in page.fetching)
     assert not page.tags & {"script", "link", "iframe", "object", "form", "a"}
     text = "".join(page.text)
     assert HOSTILE in text and "</pre><b>" in text  # there to be read, not to be run
+    assert "control: no intrinsic dimension: TwoNN has 2 different points of 2" in text
     assert "equivariance.p_equivariance" in text and "weights 0123456789abcdef" in text
     assert not re.search(r"https?://|url\(|@import|<script", path.read_text(encoding="utf-8"))
 
@@ -129,14 +130,3 @@ def test_what_cannot_work_is_refused(workdirs, tmp_path, capsys, arguments, mess
     assert report.main([*arguments, f"--output={tmp_path / 'out'}"]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "report.html").exists()
-
-
-def test_exhibits_are_different_images_even_among_many_crops(workdirs):
-    images = np.random.default_rng(1).integers(0, 255, (3, 2, 32, 32, 3), dtype=np.uint8)
-    both = np.array([True, True])
-    batches = [{"image": pair, "index": np.array([i, i]), "mask": both} for i, pair in enumerate(images)]
-    protocol = report.comparison.Protocol(images="photos:test", image_size=32, batch_size=4)
-    exhibits = report._exhibits({"toy": toys.load("toy:0")}, batches, protocol, 3)
-    shown = np.rint((exhibits["toy"]["image"] + 1) * 127.5)
-    np.testing.assert_array_equal(shown, images[:, 0])
-    assert exhibits["toy"]["moved"]["90"].shape == (3, 32, 32, 3)

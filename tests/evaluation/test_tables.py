@@ -68,6 +68,27 @@ def test_codebooks_and_what_is_above_the_floor_have_groups_of_their_own():
     assert tables.cell(tables.Row("", "", "lower", 4, "difference"), -1e-6) == "0.0000"  # without a sign
 
 
+def test_what_has_no_better_has_neither_star_nor_change_and_warnings_stand_below():
+    results = {"before": {"latent_std": 2.0, "intrinsic_points": 1000.0, "intrinsic_dimension": 62.2},
+               "EQ": {"latent_std": 3.0, "intrinsic_points": 1000.0, "intrinsic_dimension": 39.4}}  # fmt: skip
+    text = tables.format_table(DOCUMENT | {"results": results, "baseline": "before", "warnings": ["too few", "x"]})
+    assert line(text, "standard deviation")[2:] == ["2.000", "3.000"]
+    assert line(text, "points it rests")[4:] == ["1000", "1000"]
+    assert line(text, "intrinsic dimension")[-4:] == ["lower", "62.2", "39.4*", "(-37%)"]
+    assert text.endswith("photos:test\nnote: too few\nnote: x")
+
+
+def test_rfid_is_printed_with_its_features():
+    keys = ("rfid(fashion-cnn)", "rfid(fashion-cnn)/90", "rfid(fashion-cnn)_R", "R/90")
+    results = {name: dict(zip(keys, values, strict=True))
+               for name, values in {"before": (4.0, 80.0, 80.0, 1), "EQ": (5.0, 10.0, 10.0, 1)}.items()}  # fmt: skip
+    document = DOCUMENT | {"results": results, "baseline": "before"}
+    text = tables.format_table(document)
+    assert line(text, "rFID(fashion-cnn)  ") == ["rFID(fashion-cnn)", "lower", "4.00*", "5.00", "(+25%)"]
+    under = text.split("rFID(fashion-cnn) of D(tau E(x)) against tau x")[1]
+    assert line(under, "90 degrees") == ["90", "degrees", "lower", "80.00", "10.00*", "(-88%)"]
+
+
 def test_the_verdict_states_factors_either_way():
     expected = "EQ against control: R 3.00x lower, pixel error under turns 3.20x lower, PSNR 0.50 dB lower."
     assert tables.verdict(DOCUMENT) == expected

@@ -32,6 +32,48 @@ def enlarge(z, factor):
     return jnp.repeat(jnp.repeat(z, factor, axis=1), factor, axis=2)
 
 
+def pooling(params, x):
+    z = pool(x, 2)
+    return Posterior(z, jnp.zeros_like(z))
+
+
+def upsampling(params, z):
+    return enlarge(z, 2)
+
+
+def ramping(params, x):
+    z = pool(x, 2) * (1.0 + 2.0 * jnp.arange(x.shape[2] // 2))[None, None, :, None]
+    return Posterior(z, jnp.zeros_like(z))
+
+
+def noisy(params, x):
+    z = pool(x, 2)
+    return Posterior(z, jnp.full_like(z, 0.5))
+
+
+PARAMS = {}
+
+
+def batches_of(images, size, pad_value=255):
+    """Batches of `size`; the last is padded with images that would change every number."""
+    result = []
+    for start in range(0, len(images), size):
+        rows = images[start : start + size]
+        short = size - len(rows)
+        padding = np.full((short, *images.shape[1:]), pad_value, np.uint8)
+        result.append(
+            {
+                "image": np.concatenate([rows, padding]),
+                "mask": np.arange(size) < len(rows),
+            }
+        )
+    return result
+
+
+def photographs(rng, count, side):
+    return rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
 @dataclasses.dataclass(frozen=True)
 class Toy:
     """Pools; `params["tilt"]` multiplies columns by 1 + tilt * column, which does not commute with turns."""
