@@ -232,7 +232,7 @@ def verify(target, model, spec):
     lines = [f"verified    read back with the same {', '.join(name for name, *_ in same)} ({found.hash})"]
     if not keeps:
         lines.append(f"note        {target.kind}: files keep no scale and no shift; whoever uses this one must be told "
-                     f"scale {spec.scale:.6g}, shift {spec.shift:.6g}")  # fmt: skip
+                     f"scale {spec.scale:.6g}, shift {spec.shift:.6g}")
         if (found.scale, found.shift) != (spec.scale, spec.shift):
             lines.append(f"            (eqvae_jax itself will assume {found.scale:.6g} and {found.shift:.6g})")
     return lines
@@ -255,7 +255,7 @@ def _options(arguments):
     parser = argparse.ArgumentParser(
         prog="python -m eqvae_jax.convert", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("--from", dest="source", required=True, metavar="REFERENCE",
         help="diffusers:DIR_OR_HUB_ID, ldm:FILE, taming:FILE, workdir:DIR or init:PRESET")

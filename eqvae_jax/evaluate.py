@@ -152,7 +152,8 @@ def _parser():
     plain = commands.add_parser("reconstruction", parents=parents, help=text, description=text, **layout)
     plain.add_argument("--lpips", metavar="REFERENCE", help="LPIPS weights: a directory, a file or download")
     plain.add_argument("--ssim_range", type=_range, default=2.0, metavar="VALUE|image",
-                       help="data range of SSIM; the released evaluation's: image, each pair's own range (%(default)s)")
+                       help="data range of SSIM; the released evaluation's: image, each pair's own range, and "
+                       "decodes neither clipped nor 8-bit (%(default)s)")
     plain.add_argument("--ssim_border", choices=("valid", "reflect"), default="valid",
                        help="windows inside the image only, or continued by reflection; the released evaluation's: "
                        "reflect, or valid with torchmetrics up to 1.4.1 (%(default)s)")

@@ -12,6 +12,7 @@ import pathlib
 import sys
 
 from eqvae_jax import weights
+from eqvae_jax.atomic import whole
 from eqvae_jax.backend import use_compilation_cache
 from eqvae_jax.data.images import TooManyBroken
 from eqvae_jax.evaluation import charts, comparison, exhibits, feature_sets, figures, page, provenance
@@ -84,7 +85,7 @@ _TEXTS = {
 def compare(
     runs, *, images, output, image_size=None, batch_size=8, limit=None, crops=1, min_crop=0.5, max_crop=1.0,
     lpips=None, extractor=None, shown=exhibits.SHOWN, progress=True,
-):  # fmt: skip
+):
     """Measures the autoencoders of several runs on the same images; writes metrics.json, figures, report.html.
 
     Args:
@@ -113,7 +114,7 @@ def compare(
     protocol = comparison.Protocol(
         images=images, image_size=side, batch_size=batch_size, limit=limit, crops=crops, min_crop=min_crop,
         max_crop=max_crop,
-    )  # fmt: skip
+    )
     batches, broken = comparison.open_batches(protocol)
     models = {name: weights.load_autoencoder(f"workdir:{workdir}") for name, workdir in runs.items()}
     pathlib.Path(output).mkdir(parents=True, exist_ok=True)  # now, not after all that measuring
@@ -155,7 +156,7 @@ def write(document, shown, histories, output):
     paragraphs = [" ".join(text.split()) for text in _ABOUT]
     text = page.render(title, paragraphs, document, pictures, configs, _differing(configs))
     path = output / "report.html"
-    with provenance.whole(path) as partial:
+    with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
     return path
 
@@ -218,7 +219,7 @@ def _parser():
     parser = argparse.ArgumentParser(
         prog="python -m eqvae_jax.report", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--runs", nargs="+", metavar="[NAME=]WORKDIR",
                        help="runs to compare with 'control' or the first")

@@ -4,7 +4,6 @@ Every random number of training example p, counted from the start of the run, co
 continued at any step, on any number of processes and with any number of workers, sees the same examples.
 """
 
-import functools
 import math
 import multiprocessing
 import os
@@ -19,13 +18,12 @@ from absl import flags, logging
 
 from eqvae_jax.data.cropping import center_crop, random_crop
 from eqvae_jax.data.decoding import BrokenExample
+from eqvae_jax.data.order import INDEX_RANGE, Positions, Shuffled, rows_of_process
 from eqvae_jax.data.sources import Source
 
-_INDEX_RANGE = 2**31         # positions are stored as int32
 _NEIGHBOURS = 1000           # how many records are tried in place of a broken one
 _BEFORE_JUDGING = 100        # examples seen before a fraction of broken ones means anything
 _PREFETCH_BYTES = 2**29      # host memory for finished examples that wait
-_PERMUTING = threading.Lock()
 
 
 class TooManyBroken(RuntimeError):
@@ -81,8 +79,8 @@ def train_batches(source: Source, *, image_size: int, batch_size: int, seed: int
         image = center_crop(image, image_size)
         return image[:, ::-1] if flip and rng.random() < 0.5 else image
 
-    positions = _Positions(start_step * batch_size + jax.process_index() * rows, rows, batch_size)
-    examples = grain.MapDataset.source(positions).map(_Load(source, _Shuffled(len(source), seed), cut))
+    positions = Positions.of_process(batch_size, start_step)
+    examples = grain.MapDataset.source(positions).map(_Load(source, Shuffled(len(source), seed), cut))
     if workers and not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain hands absl flags to its workers; notebooks never parse them
     tally = _Tally(source, broken_limit, on_broken)
@@ -153,44 +151,6 @@ class EvaluationBatches:
             yield {"image": batch["image"], "label": batch["label"], "index": batch["record"], "mask": mask}
 
 
-class _Positions:
-    """The stream positions of one process's rows, in order: a random-access sequence of ints."""
-
-    def __init__(self, first: int, rows: int, batch_size: int):
-        self._first, self._rows, self._batch_size = first, rows, batch_size
-
-    def __len__(self):
-        return 2**48
-
-    def __getitem__(self, i):
-        step, row = divmod(int(i), self._rows)
-        return self._first + step * self._batch_size + row
-
-    def __repr__(self):
-        return f"_Positions({self._first}, {self._rows}, {self._batch_size})"
-
-
-class _Shuffled:
-    """Stream position -> record number, every epoch in another order, a function of (seed, epoch).
-
-    Grain's own shuffle needs no memory, but takes 4 ms per index for 9 records and 16 ms for 2 (0.2.18).
-    """
-
-    def __init__(self, n: int, seed: int):
-        self._n, self._seed = n, seed
-
-    def __getitem__(self, position):
-        epoch, i = divmod(position, self._n)
-        with _PERMUTING:  # else all threads would permute at the first example of an epoch
-            return int(_permutation(self._n, self._seed, epoch)[i])
-
-
-@functools.lru_cache(maxsize=4)  # reading ahead crosses from one epoch into the next
-def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    # The third number keeps these draws apart from those of position `epoch`.
-    return np.random.default_rng((seed, epoch, 1)).permutation(n).astype(np.int32)
-
-
 class _Load:
     """Stream position -> example. What was broken on the way travels with it, also between processes."""
 
@@ -201,7 +161,7 @@ class _Load:
         position, broken = int(position), []
         wanted = int(self._order[position])
         found = {"image": None, "label": 0, "broken": broken,
-                 "record": wanted, "index": position % _INDEX_RANGE}
+                 "record": wanted, "index": position % INDEX_RANGE}
         for neighbour in range(min(len(self._source), _NEIGHBOURS)):
             try:
                 example = self._source[(wanted + neighbour) % len(self._source)]
@@ -249,9 +209,7 @@ def _check(source, image_size, batch_size, min_crop, max_crop, broken_limit) -> 
         raise ValueError(f"min_crop={min_crop}, max_crop={max_crop}: 0 < min_crop <= max_crop <= 1 must hold")
     if not 0 <= broken_limit <= 1:
         raise ValueError(f"broken_limit={broken_limit} is not a fraction between 0 and 1")
-    if batch_size % jax.process_count():
-        raise ValueError(f"batch_size={batch_size} does not divide over {jax.process_count()} processes")
-    return batch_size // jax.process_count()
+    return rows_of_process(batch_size)
 
 
 def _read(examples: grain.MapDataset, rows: int, image_size: int, workers: int) -> Iterator[dict]:

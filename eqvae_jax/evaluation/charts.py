@@ -173,7 +173,7 @@ def spectra(details, width=COLUMN):
     axis, color = figure.subplots(), colors(details)
     for name, each in details.items():
         frequency, energy, coefficients = (np.array(each["spectrum"][key][1:], np.float64)
-                                           for key in ("frequency", "energy", "coefficients"))  # fmt: skip
+                                           for key in ("frequency", "energy", "coefficients"))
         varying = np.sum(energy * coefficients)
         if varying > 0:
             relative = energy * coefficients.sum() / varying

@@ -185,7 +185,7 @@ def compare(
             results[name] |= reconstruction.reconstruct(
                 encode, decode, params, batches, assign=reconstruction.assignment(model), lpips=lpips, **ssim,
                 **options,
-            )  # fmt: skip
+            )
         if "equivariance" in measures:
             results[name] |= reconstruction.equivariance_errors(
                 encode, decode, params, batches, chosen[name], **options, **tau

@@ -20,8 +20,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from eqvae_jax import weights
+from eqvae_jax.atomic import whole
 from eqvae_jax.autoencoders.objective import to_float
-from eqvae_jax.evaluation import gaussians, provenance
+from eqvae_jax.evaluation import gaussians
 from eqvae_jax.evaluation.samples import checked_images
 from eqvae_jax.features.classifier import Classifier
 from eqvae_jax.features.inception import PROTOCOLS, inception_features
@@ -185,7 +186,7 @@ def collect(extractor, batches, count=None, *, batch_size=50, cache=None, progre
         raise ValueError(f"{name}: {total} images; a distribution needs at least 2.")
     arrays = {kind: spool.map() for kind, spool in spools.items()}
     return FeatureSet(pool.finalize(), spatial.finalize() if spatial.n else None, **arrays, count=total,
-                      image_size=size, hash=content.hexdigest()[:16], cached=cached)  # fmt: skip
+                      image_size=size, hash=content.hexdigest()[:16], cached=cached)
 
 
 def _shards(batches):
@@ -229,7 +230,7 @@ def _cached(directory, extractor, digest, images, batch_size):
         except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, OSError) as error:
             logger.warning("cached features %s are damaged (%s) and are computed anew", path, error)
     features = _compute(extractor, images, batch_size)
-    with provenance.whole(path) as partial, partial.open("wb") as file:
+    with whole(path) as partial, partial.open("wb") as file:
         np.savez(file, **features)
     return features, False
 

@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from eqvae_jax.evaluation.provenance import whole
+from eqvae_jax.atomic import whole
 
 WIDTH, COLUMN, HEIGHT = 6.75, 3.25, 9.0  # inches: a two-column conference page (ICML's), and one of its columns
 _STYLE = {

@@ -1,6 +1,5 @@
 """Features of a set of images as one Gaussian: its statistics in one pass, and the Frechet distance of two."""
 
-import os
 import zipfile
 import zlib
 from typing import NamedTuple
@@ -9,6 +8,8 @@ import numpy as np
 import scipy.linalg
 from scipy.linalg.blas import dsyrk
 from scipy.linalg.lapack import dpstrf
+
+from eqvae_jax.atomic import whole
 
 ROWS = 4096  # features in one block: what bounds the memory, whatever N
 
@@ -109,10 +110,9 @@ class Statistics:
 
     def save(self, path):
         """Writes mu, sigma and n to an .npz that pytorch-fid and ADM's evaluator read too; whole or not at all."""
-        gaussian, partial = self.finalize(), f"{path}.partial"
-        with open(partial, "wb") as file:
+        gaussian = self.finalize()
+        with whole(path) as partial, partial.open("wb") as file:
             np.savez(file, **gaussian._asdict())
-        os.replace(partial, path)
 
 
 def load_statistics(path, spatial=False, suffix=""):

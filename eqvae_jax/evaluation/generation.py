@@ -79,7 +79,7 @@ def plan(reference, generated, extractor, metrics=None, subset_size=1000):
 
 
 def measure(*, reference, generated, extractor, metrics=None, subsets=100, subset_size=1000, seed=2020,
-            batch_size=50, cache=None, progress=True):  # fmt: skip
+            batch_size=50, cache=None, progress=True):
     """Measures sets of generated images against one reference; returns the dict described at the top of this file.
 
     Args:
@@ -142,7 +142,7 @@ def measure(*, reference, generated, extractor, metrics=None, subsets=100, subse
         + "; " + ", ".join(f"{name}: {column['count']:,} images" for name, column in columns.items()),
         "software": provenance.software(),
         "command": sys.argv,
-    })  # fmt: skip
+    })
 
 
 def _values(chosen, theirs, ours, targets, rules):
@@ -166,7 +166,7 @@ def _values(chosen, theirs, ours, targets, rules):
 def _described(images, features):
     """A set for metrics.json; features: its FeatureSet, None where only stored statistics of it were used."""
     described = {"reference": images.reference, "count": images.count, "image_size": images.image_size,
-                 "crop": images.preparation, "broken": dict(images.broken)}  # fmt: skip
+                 "crop": images.preparation, "broken": dict(images.broken)}
     if features:
         described |= {"count": features.count, "hash": features.hash, "features_from_cache": features.cached}
     if images.samples and images.samples.made_with:
@@ -201,11 +201,11 @@ def write_reference(path, reference, extractor, *, batch_size=50, cache=None, pr
     features = collect(extractor, reference.batches(batch_size), reference.count, **options)
     every = -(-features.count // REFERENCE_IMAGES)
     made_with = {"features": extractor.name, "hash": extractor.hash, "protocol": extractor.protocol,
-                 "count": features.count, "images": reference.reference, "content": features.hash}  # fmt: skip
+                 "count": features.count, "images": reference.reference, "content": features.hash}
     write_npz(
         path, reference.batches(batch_size, every), -(-features.count // every), statistics=features.gaussian,
         spatial=None if extractor.protocol == "pytorch-fid" else features.spatial, made_with=made_with,
-    )  # fmt: skip
+    )
     return features
 
 

@@ -56,7 +56,7 @@ def open_sets(references, image_size=None):
             problem = f"the .npz holds images of {by(size)}" if size else "nothing says which: give image_size"
             raise ValueError(f"{name} ({text}) must be cut to squares of one size, and {problem}.")
     return {name: _from_file(text, files[name]) if name in files else _from_source(text, size)
-            for name, text in references.items()}  # fmt: skip
+            for name, text in references.items()}
 
 
 def by(size):
@@ -65,7 +65,7 @@ def by(size):
 
 def _from_file(reference, samples):
     return ImageSet(reference, samples.count, samples.image_size,
-                    lambda rows, every=1: _each(read_images(samples, rows), every), "none", samples, {})  # fmt: skip
+                    lambda rows, every=1: _each(read_images(samples, rows), every), "none", samples, {})
 
 
 def _from_source(reference, size):

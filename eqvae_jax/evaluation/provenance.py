@@ -1,16 +1,16 @@
 """How a number was made: software, hardware and commit beside it, in JSON that any reader accepts."""
 
-import contextlib
 import datetime
 import importlib.metadata
 import json
 import math
-import os
 import pathlib
 import platform
 import subprocess
 
 import jax
+
+from eqvae_jax.atomic import whole
 
 _PACKAGES = ("eqvae_jax", "jax", "jaxlib", "flax", "numpy", "pillow", "grain")
 
@@ -60,19 +60,6 @@ def finite(tree):
     if isinstance(tree, float) and not math.isfinite(tree):
         return None
     return tree
-
-
-@contextlib.contextmanager
-def whole(path):
-    """Gives a path to write to; the file is at `path` once the block is done, and nowhere if it was interrupted."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_json(path, document):

@@ -135,7 +135,7 @@ def _equivariance_scores(transform, target, moved, encoded, decoded, floor, uint
 def reconstruct(
     encode, decode, params, batches, *, assign=None, lpips=None, extractor=None, references=None, posterior="mode",
     uint8="round", ssim_range=2.0, ssim_border="valid", seed=0, progress=True,
-):  # fmt: skip
+):
     """Means over a set of images of the errors of D(E(x)), and which codes E(x) uses.
 
     Args:
@@ -174,7 +174,7 @@ def reconstruct(
 def equivariance_errors(
     encode, decode, params, batches, chosen, *, extractor=None, references=None, posterior="mode", uint8="round",
     method="bilinear", antialias=False, seed=0, progress=True,
-):  # fmt: skip
+):
     """Means over a set of images of how far the autoencoder is from commuting with each tau.
 
     Args: as `reconstruct`, and

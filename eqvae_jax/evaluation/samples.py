@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eqvae_jax.evaluation import provenance
+from eqvae_jax.atomic import whole
 
 IMAGES = "arr_0"
 _UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, KeyError, ValueError)
@@ -100,7 +100,7 @@ def write_npz(path, batches, count, *, statistics=None, spatial=None, made_with=
       ValueError: other images, or another number of them.
     """
     suffix = statistics_suffix(made_with["features"]) if made_with else ""
-    with provenance.whole(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+    with whole(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         with archive.open(f"{IMAGES}.npy", "w", force_zip64=True) as file:
             size, written = None, 0
             for batch in batches:

@@ -57,7 +57,7 @@ class Spectrum(NamedTuple):
         """
         energy = self.energy.mean(1) * self.coefficients
         varying = energy[1:].sum()
-        if not varying > 0:
+        if not varying > 1e-20 * energy.sum():  # rounding of the transform
             raise ValueError(f"The {self.count} images are constant: they have no energy but that of their mean.")
         return float(energy[self.frequency > frequency].sum() / varying)
 

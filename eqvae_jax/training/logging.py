@@ -15,6 +15,8 @@ from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 
+from eqvae_jax.atomic import whole
+
 
 class Writer:
     """Writes metrics and previews of one run under `workdir`; on other processes than the first it does
@@ -71,9 +73,8 @@ class Writer:
         for name, batch in images.items():
             tiles = grid(batch)
             path = directory / f"{name}_{step:08d}.png"
-            partial = path.with_suffix(".partial")
-            Image.fromarray(tiles).save(partial, format="PNG")
-            os.replace(partial, path)
+            with whole(path) as partial:
+                Image.fromarray(tiles).save(partial, format="PNG")
             self._event(step=int(step), summary=summary.image(f"preview/{name}", tiles, dataformats="HWC"))
         self._events.flush()
 
@@ -100,9 +101,8 @@ def _truncate(path, step):
                 kept.append(line)
         except ValueError:  # cut off in mid-line when the run was killed
             continue
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(b"".join(kept))
-    os.replace(partial, path)
+    with whole(path) as partial:
+        partial.write_bytes(b"".join(kept))
 
 
 def grid(images):

@@ -2,11 +2,12 @@
 
 import errno
 import json
-import os
 import tempfile
 from pathlib import Path
 
 import jax
+
+from eqvae_jax.atomic import whole
 
 # What may differ on resume, because no result depends on it: how long (under a constant learning rate), how often,
 # how many, on what devices.
@@ -72,9 +73,8 @@ def prepare(workdir, config, started):
             raise ValueError(f"the workdir {path} belongs to a run with another config:\n{lines}\n"
                              "resume with the same values, or start afresh in another --workdir")
     if jax.process_index() == 0:
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(config, indent=2) + "\n")
-        os.replace(partial, file)
+        with whole(file) as partial:
+            partial.write_text(json.dumps(config, indent=2) + "\n")
     return path
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from eqvae_jax.atomic import whole
 from eqvae_jax.weights.errors import WeightsError
 from eqvae_jax.weights.torch_files import read_torch_file
 
@@ -78,14 +79,8 @@ def write_tensors(path, tensors):
 @contextlib.contextmanager
 def whole_or_nothing(path):
     """Gives a path to write to, whose file becomes `path` once all went well; WeightsError and no file otherwise."""
-    path = pathlib.Path(path)
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        partial.replace(path)
+        with whole(path) as partial:
+            yield partial
     except Exception as error:
         raise WeightsError(f"{path}: could not be written ({error})") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()

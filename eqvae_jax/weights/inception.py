@@ -1,12 +1,6 @@
 """Weights of FID's Inception, from files or by download, with its batch norms folded in. Never random."""
 
-import contextlib
-import http.client
-import logging
-import os
 import pathlib
-import shutil
-import urllib.request
 from typing import NamedTuple
 
 import flax
@@ -15,12 +9,11 @@ import numpy as np
 
 from eqvae_jax.features.inception import CLASSES, parameter_shapes
 from eqvae_jax.weights.autoencoders import parameter_hash
+from eqvae_jax.weights.downloads import cache_directory, fetch
 from eqvae_jax.weights.errors import WeightsError
 from eqvae_jax.weights.files import read_tensors
-from eqvae_jax.weights.lpips import checksum
 from eqvae_jax.weights.tables import LEAVES, read_parameters
 
-logger = logging.getLogger(__name__)
 EPSILON = 1e-3                                           # of the batch norms
 # pytorch-fid's and torch-fidelity's files are the same, byte for byte: 95,628,359 bytes.
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -104,24 +97,8 @@ def fetch_inception(directory=None):
 
     It is checked before it appears under its name. Raises WeightsError without a network or with a wrong checksum.
     """
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    path = pathlib.Path(directory or cache / "eqvae_jax" / "inception") / ADDRESSES[0].rpartition("/")[2]
-    if path.is_file():
-        return path
-    partial, failures = path.with_name(f"{path.name}.{os.getpid()}.partial"), []
-    for address in ADDRESSES:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            logger.info("downloading %s to %s", address, path)
-            with urllib.request.urlopen(address, timeout=30) as response, partial.open("wb") as file:
-                shutil.copyfileobj(response, file, 2**20)
-            if checksum(partial, "sha256") != SHA256:
-                raise OSError(f"what arrived does not have the sha256 {SHA256}")
-            partial.replace(path)
-            return path
-        except (OSError, http.client.HTTPException) as error:
-            failures.append(f"{address} ({error})")
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-    raise WeightsError(f"Inception weights: could not download {', nor '.join(failures)}.\n{ADVICE}")
+    directory = pathlib.Path(directory or cache_directory("inception"))
+    try:
+        return fetch(directory / ADDRESSES[0].rpartition("/")[2], ADDRESSES, "sha256", SHA256)
+    except WeightsError as error:
+        raise WeightsError(f"Inception weights: {error}\n{ADVICE}") from error

@@ -1,21 +1,16 @@
 """Weights of LPIPS: torchvision's VGG16 and the linear heads, from files or by download. Never random."""
 
-import hashlib
-import logging
-import os
 import pathlib
 import re
-import shutil
-import urllib.request
 
 import jax
 
 from eqvae_jax.features.lpips import STAGES, parameter_shapes
+from eqvae_jax.weights.downloads import cache_directory, checksum, fetch
 from eqvae_jax.weights.errors import WeightsError
 from eqvae_jax.weights.files import read_tensors
 from eqvae_jax.weights.tables import read_parameters
 
-logger = logging.getLogger(__name__)
 TRUNK, HEADS = "vgg16-397923af.pth", "vgg.pth"
 # name -> address, hash function, beginning of the hash
 SOURCES = {
@@ -92,27 +87,10 @@ def fetch_lpips(directory=None):
 
     Each is checked before it appears under its name. Raises WeightsError without a network or with a wrong checksum.
     """
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    directory = pathlib.Path(directory or cache / "eqvae_jax" / "lpips")
+    directory = pathlib.Path(directory or cache_directory("lpips"))
     for name, (address, kind, beginning) in SOURCES.items():
-        if (directory / name).is_file():
-            continue
-        partial = directory / f"{name}.{os.getpid()}.partial"
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            logger.info("downloading %s to %s", address, directory)
-            with urllib.request.urlopen(address, timeout=30) as response, partial.open("wb") as file:
-                shutil.copyfileobj(response, file, 2**20)
-            if not checksum(partial, kind).startswith(beginning):
-                raise OSError(f"what arrived does not have the {kind} {beginning}")
-            partial.replace(directory / name)
-        except OSError as error:
-            raise WeightsError(f"LPIPS weights: could not download {address} ({error}).\n{ADVICE}") from error
-        finally:
-            partial.unlink(missing_ok=True)
+            fetch(directory / name, [address], kind, beginning)
+        except WeightsError as error:
+            raise WeightsError(f"LPIPS weights: {error}\n{ADVICE}") from error
     return directory
-
-
-def checksum(path, kind):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, kind).hexdigest()

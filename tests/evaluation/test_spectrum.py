@@ -93,5 +93,6 @@ def test_bad_latents_are_refused(rng):
         meter.add(latents[:, :, :6])
     with pytest.raises(ValueError, match="5 latents after the first 5 are not finite"):
         meter.add(np.where(latents > 2, np.nan, latents))
-    with pytest.raises(ValueError, match="constant"):
-        spectrum_of(np.zeros((5, 8, 8, 4))).share_above(0.5)
+    for value in (0.0, 0.7):
+        with pytest.raises(ValueError, match="constant"):
+            spectrum_of(np.full((5, 8, 8, 4), value)).share_above(0.5)
