@@ -28,7 +28,8 @@ class Source(Protocol):
     """A random-access collection of images: picklable (it travels to worker processes), stable `repr`.
 
     A source that can decode smaller images more cheaply also has `at_least(side) -> Source`: the same
-    examples, whose short sides may be reduced to no less than `side` pixels.
+    examples, whose short sides may be reduced to no less than `side` pixels. One that knows what its labels
+    are called has `class_names`, a list of them in order, or None.
     """
 
     def __len__(self) -> int: ...
@@ -76,6 +77,7 @@ class FolderSource:
             raise ValueError(f"folder:{directory}: holds no image file at any depth ({' '.join(EXTENSIONS)})")
         tops = [file.partition("/")[0] if "/" in file else None for file in self._files]
         classes = {} if None in tops else {top: k for k, top in enumerate(sorted(set(tops)))}
+        self.class_names = list(classes) or None
         self._labels = np.array([classes.get(top, 0) for top in tops], np.int32)
 
     def __len__(self):
@@ -176,6 +178,7 @@ class TfdsSource:
         if "image" not in features:
             raise ValueError(f"tfds:{rest} has no feature 'image', only {sorted(features)}")
         self._labelled = "label" in features
+        self.class_names = list(getattr(features["label"], "names", ())) or None if self._labelled else None
         if not len(self._records):
             raise ValueError(f"tfds:{rest} holds no example")
 
