@@ -1,1 +1,1 @@
-"""Images in: sources of examples, their decoding and cropping, batches, and the preparation of shards."""
+"""Images in: sources of examples, their decoding and cropping, batches, shards; and caches of their latents."""

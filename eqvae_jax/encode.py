@@ -1,0 +1,200 @@
+"""Images into a cache of latents: sharded posterior means and standard deviations, on which generators train.
+
+    python -m eqvae_jax.encode --images=folder:TRAIN --autoencoder=diffusers:OUT --output=LATENTS
+    python -m eqvae_jax.encode --images=photos --autoencoder=init:smoke --image_size=32 --output=LATENTS
+
+Of each image: the posterior's mean and standard deviation, unscaled, of the image and of its mirror image; its label;
+its number in the source. manifest.json has their statistics, the autoencoder's hash, scale and shift, and each shard's
+checksum. Stopped or killed, the same command goes on with the first shard that is missing, and the files end up as if
+it had never stopped. With several hosts (jax.distributed) each writes its own shards to one shared folder.
+"""
+
+import argparse
+import functools
+import importlib.metadata
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from eqvae_jax import weights
+from eqvae_jax.backend import use_compilation_cache
+from eqvae_jax.data import latent_cache, latent_records
+from eqvae_jax.data.images import TooManyBroken
+from eqvae_jax.data.sources import open_source
+from eqvae_jax.run.encoding import meet, moments_and_mirrored, write_shards
+from eqvae_jax.training.sharding import make_mesh
+
+PRECISIONS = ("highest", "high", "default")
+POLL = 1.0  # seconds between looks for the shards of other hosts
+
+
+def main(arguments=None):
+    """Runs the command line; returns the process's exit code, 2 for something the user can put right."""
+    options = _parser().parse_args(arguments)
+    use_compilation_cache()
+    try:
+        encode(options)
+    except (TooManyBroken, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on: finished shards are in {options.output}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def encode(options):
+    """Writes the cache that the command line asks for, or what is missing of it; returns its manifest."""
+    for name in ("batch_size", "shard_size", "limit"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"--{name}={getattr(options, name)} must be at least 1.")
+    if not 0 <= options.broken_limit <= 1:
+        raise ValueError(f"--broken_limit={options.broken_limit:g} is not a fraction between 0 and 1.")
+    mesh = make_mesh(ConfigDict({"data": -1, "fsdp": 1}), jax.local_devices())  # hosts do not wait for each other
+    if options.batch_size % mesh.size:
+        raise ValueError(f"--batch_size={options.batch_size} does not divide over the {mesh.size} devices of this "
+                         "host: take a multiple.")
+    source = open_source(options.images)
+    model, params, spec = weights.load_autoencoder(options.autoencoder)
+    if hasattr(model, "codebook_size"):
+        raise ValueError(f"{spec.reference} is a {spec.kind} model, whose latents are discrete codes: a cache of means "
+                         "and standard deviations is of kl models.")
+    side, factor = options.image_size, model.downsampling
+    if side < factor or side % factor:
+        nearest = " or ".join(str(multiple) for multiple in (side // factor * factor, (side // factor + 1) * factor)
+                              if multiple > 0)
+        raise ValueError(f"{spec.reference} downsamples by {factor} and --image_size={side} is no multiple of it: "
+                         f"take {nearest}.")
+
+    chosen = np.arange(n := min(options.limit or len(source), len(source))) * len(source) // n
+    cuts = [chosen[first : first + options.shard_size] for first in range(0, n, options.shard_size)]
+    plan = _plan(options, source, model, spec, n, _latent_shape(model, params, side))
+    cache = latent_cache.Cache(options.output, plan, len(cuts))
+    if _begin(cache):
+        print(f"{options.output} is complete already; use it as latents:{options.output}")
+        return cache.published()
+    placed = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    encoder = functools.partial(moments_and_mirrored, model, placed)
+    try:
+        with jax.default_matmul_precision(options.precision):
+            write_shards(cache, cuts, source, encoder, mesh, options)
+    except Exception as error:
+        if jax.process_count() > 1:
+            cache.fail(jax.process_index(), str(error))
+        raise
+    manifest = _finish(cache, source, options)
+    if jax.process_index() == 0:
+        print("\n".join(describe(manifest, options.output)))
+    return manifest
+
+
+def describe(manifest, output):
+    """Lines that say what a cache holds, from its manifest."""
+    statistics, autoencoder = manifest["statistics"], manifest["autoencoder"]
+    scaled = statistics["overall_std"] * autoencoder["scale"]
+    broken = manifest["broken"]["count"]
+    size = sum(entry["bytes"] for entry in manifest["shards"]) / 2**20
+    return [
+        f"{manifest['count']:,} latents of shape {' x '.join(map(str, manifest['shape']))}, and of the mirror images, "
+        f"in {len(manifest['shards'])} shards, {size:,.1f} MiB",
+        f"mean {statistics['overall_mean']:.4f}, std {statistics['overall_std']:.4f}; times the autoencoder's scale "
+        f"{autoencoder['scale']:g}: {scaled:.4f}",
+        *([f"{broken} broken images are left out; manifest.json names them"] if broken else []),
+        f"use them as latents:{output}",
+    ]
+
+
+def _plan(options, source, model, spec, count, shape):
+    """What decides every byte of the shards: the part of the manifest that is known beforehand."""
+    return {
+        "format": latent_cache.FORMAT, "version": latent_cache.VERSION,
+        "shape": list(shape), "dtype": options.dtype,
+        "autoencoder": {"reference": spec.reference, "kind": spec.kind, "hash": spec.hash, "scale": float(spec.scale),
+                        "shift": float(spec.shift), "downsampling": model.downsampling},
+        "preprocessing": {"image_size": options.image_size, "crop": options.crop, "mirror": True,
+                          "precision": options.precision},
+        "source": {"images": options.images, "description": repr(source), "records": len(source), "used": count},
+        "shard_size": options.shard_size,
+    }
+
+
+def _latent_shape(model, params, side):
+    image = jnp.zeros((1, side, side, 3), jnp.uint8)
+    return jax.eval_shape(functools.partial(moments_and_mirrored, model), params, image).shape[3:]
+
+
+def _begin(cache):
+    """Records or compares the plan, on every host; tells whether there is nothing to do."""
+    problem, complete = None, False
+    if jax.process_index() == 0:
+        try:
+            complete = cache.begin()
+        except (ValueError, OSError) as error:
+            problem = error
+    meet("the plan is written")
+    if problem:
+        raise problem
+    if jax.process_index():
+        cache.check()
+        complete = cache.published() is not None
+    return complete
+
+
+def _finish(cache, source, options):
+    """Waits for the shards of all hosts; the first host writes the manifest, which it and the others return."""
+    if jax.process_index() == 0 and (missing := cache.waiting_for()):
+        print(f"waiting for {len(missing)} shards of other hosts", file=sys.stderr)
+        while cache.waiting_for():
+            cache.check_others()
+            time.sleep(POLL)
+    if jax.process_index() == 0:
+        entries = cache.entries()
+        broken = [example for entry in entries for example in entry["broken"]]
+        if not (moments := [entry["moments"] for entry in entries if entry["moments"]]):
+            raise TooManyBroken(f"{source!r}: no readable image was found.")
+        names = getattr(source, "class_names", None)
+        versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy", "pillow")}
+        cache.publish({
+            "count": sum(entry["count"] for entry in entries),
+            "classes": max([len(names or ()), *(entry["classes"] for entry in entries)]), "class_names": names,
+            "statistics": latent_cache.summary(latent_cache.combine(moments)),
+            "broken": {"count": len(broken), "examples": broken}, "versions": versions,
+        })
+    while not (manifest := cache.published()):
+        cache.check_others()
+        time.sleep(POLL)
+    return manifest
+
+
+def _parser():
+    layout = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(prog="python -m eqvae_jax.encode", description=__doc__, **layout)
+    add = parser.add_argument
+    add("--autoencoder", required=True, metavar="REFERENCE",
+        help="diffusers:DIR_OR_HUB_ID, ldm:FILE, workdir:DIR or init:PRESET")
+    add("--images", required=True, metavar="REFERENCE",
+        help="photos[:train|:test|:all], folder:DIR, arrayrecord:GLOB, tfds:NAME[:SPLIT] or idx:DIR[:test]")
+    add("--output", required=True, metavar="DIR", help="folder of the shards and of manifest.json")
+    add("--image_size", type=int, default=256, metavar="N",
+        help="side in pixels, a multiple of the downsampling factor (%(default)s)")
+    add("--crop", choices=("center",), default="center", help="ADM's centre crop, DiT's and SiT's (%(default)s)")
+    add("--batch_size", type=int, default=32, metavar="N",
+        help="images at a time on each host; it may change when a cache is continued (%(default)s)")
+    add("--limit", type=int, metavar="N", help="this many images, spread evenly over the set (all)")
+    add("--shard_size", type=int, default=4096, metavar="N", help="images in a shard (%(default)s)")
+    add("--dtype", choices=tuple(latent_records.DTYPES), default="float32",
+        help="of the stored numbers; float16 halves the cache (%(default)s)")
+    add("--precision", choices=PRECISIONS, default="highest",
+        help="of the network's products; default is the accelerator's own, TF32 or bfloat16, and faster (%(default)s)")
+    add("--broken_limit", type=float, default=0.01, metavar="SHARE",
+        help="largest share of images that may be broken; they are left out (%(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

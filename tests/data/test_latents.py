@@ -1,0 +1,274 @@
+"""Caches of latents: what is read is what was written, batches, and every kind of damage is refused by name."""
+
+import itertools
+import json
+import struct
+import zlib
+
+import latent_folder
+import msgpack
+import numpy as np
+import pytest
+from array_record.python import array_record_module
+from latent_folder import SHAPE, label_of, moments_of, write
+from memory_source import assert_equal, joined, pretend
+
+from eqvae_jax.data import latent_cache, latent_records
+from eqvae_jax.data.latents import LatentSpace, evaluation_batches, open_latents, train_batches
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def batches(latents, count, **options):
+    iterator = train_batches(latents, **{"batch_size": 4, "seed": 3} | options)
+    try:
+        return list(itertools.islice(iterator, count))
+    finally:
+        iterator.close()
+
+
+def shards(folder):
+    return sorted(folder.glob("*.array_record"))
+
+
+def edit(folder, change):
+    """Changes a manifest: change(dict)."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_what_is_read_is_what_was_written(tmp_path, dtype):
+    write(tmp_path / "cache", dtype=dtype)
+    latents = open_latents(f"latents:{tmp_path / 'cache'}", verify=True)
+    assert len(latents) == 10 and latents.shape == SHAPE and latents.manifest["classes"] == 3
+    assert latents.nbytes == 10 * 4 * 24 * (4 if dtype == "float32" else 2)
+    for i in 0, 3, 4, 9:
+        found, (image, mirror) = latents[i], moments_of(i)
+        assert found["label"] == label_of(i) and found["index"] == 2 * i
+        for name, expected in zip(("mean", "std", "mirror_mean", "mirror_std"), (*image, *mirror), strict=True):
+            assert found[name].dtype == np.float32
+            np.testing.assert_array_equal(found[name], expected)
+    assert latents.space == LatentSpace(0.5, 0.25, "aa", "workdir:A")
+    with pytest.raises(IndexError, match="latent 10 of 10"):
+        latents[10]
+
+
+def test_a_record_can_be_read_without_this_program(folder):
+    reader = array_record_module.ArrayRecordReader(str(shards(folder)[1]))
+    fields = msgpack.unpackb(reader.read([1])[0])
+    reader.close()
+    data = moments_of(5).astype("<f4").tobytes()
+    assert fields == {"index": 10, "label": 2, "moments": data,
+                      "crc": zlib.crc32(struct.pack("<qq", 10, 2) + data)}
+
+
+def test_scale_and_shift_are_those_of_the_field_and_other_weights_are_refused():
+    space, z = LatentSpace(0.5, 0.25, "aa", "workdir:A"), np.array([1.25, -3.0])
+    np.testing.assert_array_equal(space.to_model(z), [0.5, -1.625])  # (z - shift) * scale, as diffusers' SD3
+    np.testing.assert_array_equal(space.to_autoencoder(space.to_model(z)), z)
+    space.require(space._replace(reference="elsewhere"))
+    with pytest.raises(ValueError, match=r"workdir:A \(hash aa\), and ldm:B is another autoencoder \(hash bb\)"):
+        space.require(LatentSpace(0.5, 0.25, "bb", "ldm:B"))
+    with pytest.raises(ValueError, match="scaled by 0.5 after - 0.25, those of workdir:A by 1 after - 0.25"):
+        space.require(space._replace(scale=1.0))
+
+
+def test_batches_are_what_the_seed_and_the_position_say(folder):
+    latents = open_latents(folder)
+    x = joined(batches(latents, 15))
+    assert x["mean"].shape == x["std"].shape == (60, *SHAPE)
+    assert x["mean"].dtype == x["std"].dtype == np.float32 and x["label"].dtype == x["index"].dtype == np.int32
+    assert x["index"].tolist() == list(range(60))
+    which = (x["mean"][:, 0, 0, 0] // 25).astype(int)
+    for epoch in which.reshape(6, 10):
+        assert sorted(epoch) == list(range(10))
+    assert which[:10].tolist() != which[10:20].tolist()
+    assert x["label"].tolist() == [label_of(i) for i in which]
+    mirrored = np.array([(x["mean"][p] == moments_of(i)[1, 0]).all() for p, i in enumerate(which)])
+    assert 15 < mirrored.sum() < 45
+    for p, i in enumerate(which):  # mean and standard deviation are of one image, the same
+        mean, std = moments_of(i)[int(mirrored[p])]
+        np.testing.assert_array_equal(x["mean"][p], mean)
+        np.testing.assert_array_equal(x["std"][p], std)
+    plain = joined(batches(latents, 15, mirror=False))
+    np.testing.assert_array_equal(plain["mean"], [moments_of(i)[0, 0] for i in which])
+    other = joined(batches(latents, 15, seed=4))
+    assert (other["mean"][:, 0, 0, 0] // 25).astype(int).tolist() != which.tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_from_memory_as_from_disk(tmp_path, dtype):
+    write(tmp_path / "cache", dtype=dtype)
+    latents = open_latents(tmp_path / "cache")
+    disk = joined(batches(latents, 7, in_memory=False))
+    assert_equal(disk, joined(batches(latents, 7, in_memory=True)))
+    assert_equal(disk, joined(batches(latents, 7)))
+
+
+def test_auto_keeps_in_memory_what_fits(folder, monkeypatch):
+    latents, calls = open_latents(folder), []
+    monkeypatch.setattr(type(latents), "take", lambda *_: calls.append(1) or {"label": np.zeros(4, np.int32)})
+    batches(latents, 2, memory_budget=latents.nbytes)
+    assert not calls
+    batches(latents, 2, memory_budget=latents.nbytes - 1)
+    assert calls
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("start", [1, 3, 1000])
+def test_starting_later_is_skipping(folder, in_memory, start):
+    latents = open_latents(folder)
+    got = joined(batches(latents, 2, start_step=start, in_memory=in_memory))
+    assert got["index"].tolist() == list(range(4 * start, 4 * start + 8))
+    if start < 10:
+        assert_equal(got, joined(batches(latents, start + 2, in_memory=in_memory)[start:]))
+
+
+def test_positions_wrap_at_int32(folder):
+    got = batches(open_latents(folder), 2, start_step=2**29 - 1)
+    assert joined(got)["index"].tolist() == [2**31 - 4, 2**31 - 3, 2**31 - 2, 2**31 - 1, 0, 1, 2, 3]
+
+
+def test_two_processes_have_the_halves_of_one(folder, monkeypatch):
+    latents, kinds = open_latents(folder), (lambda: batches(latents, 4, start_step=1),
+                                            lambda: list(evaluation_batches(latents, 4)))
+    whole, halves = [kind() for kind in kinds], []
+    for k in range(2):
+        pretend(monkeypatch, k, 2)
+        halves.append([kind() for kind in kinds])
+    for one, first, second in zip(itertools.chain(*whole), *map(lambda half: itertools.chain(*half), halves),
+                                  strict=True):
+        assert_equal(one, joined([first, second]))
+
+
+def test_evaluation_is_one_padded_pass_without_mirror_images(folder):
+    data = evaluation_batches(open_latents(folder), 4)
+    first, again = list(data), list(data)
+    assert len(data) == len(first) == 3
+    x = joined(first)
+    assert_equal(x, joined(again))
+    assert x["mask"].tolist() == [True] * 10 + [False] * 2
+    assert x["index"].tolist() == [*range(10), 9, 9]
+    np.testing.assert_array_equal(x["mean"], [moments_of(i)[0, 0] for i in x["index"]])
+    np.testing.assert_array_equal(x["std"], [moments_of(i)[0, 1] for i in x["index"]])
+    part = joined(list(evaluation_batches(open_latents(folder), 3, limit=5)))
+    assert part["index"].tolist() == [0, 2, 4, 6, 8, 8] and part["mask"].tolist() == [True] * 5 + [False]
+
+
+def test_a_flipped_byte_is_refused_by_the_name_of_its_shard(folder):
+    path = shards(folder)[1]
+    data = bytearray(path.read_bytes())
+    where = data.find(moments_of(4).astype("<f4").tobytes()[200:260])  # the shard's first latent
+    assert where > 0
+    data[where + 30] ^= 1
+    path.write_bytes(data)
+    latents = open_latents(folder)  # of its true size, so nothing is noticed yet
+    latents[3], latents[5]
+    says = r"latents-00001-of-00003.array_record: latent 4 cannot be read .*delete it and give the command"
+    with pytest.raises(ValueError, match=says):
+        latents[4]
+    for in_memory in True, False:
+        with pytest.raises(ValueError, match=says):
+            batches(latents, 4, in_memory=in_memory)
+    with pytest.raises(ValueError, match="latents-00001-of-00003.array_record is damaged, its SHA-256"):
+        open_latents(folder, verify=True)
+
+
+def test_the_checksum_of_a_record_covers_all_of_it():
+    record = latent_records.pack(7, 2, moments_of(1), "float32")
+    assert latent_records.unpack(record, SHAPE, "float32")[:2] == (7, 2)
+    fields = msgpack.unpackb(record)
+    for change in {"index": 8}, {"label": 1}, {"moments": fields["moments"][:-1] + b"\0"}, {"crc": 1}:
+        with pytest.raises(ValueError, match="checksum does not match"):
+            latent_records.unpack(msgpack.packb(fields | change), SHAPE, "float32")
+    for other in b"", b"\xc1", msgpack.packb([1]), msgpack.packb({"index": 1}), record[:-3]:
+        with pytest.raises(ValueError, match="not a record of a latent"):
+            latent_records.unpack(other, SHAPE, "float32")
+    with pytest.raises(ValueError, match=r"384 bytes are no moments of shape \(2, 3, 5\)"):
+        latent_records.unpack(record, (2, 3, 5), "float32")
+
+
+def test_missing_truncated_and_exchanged_shards_are_refused(folder):
+    first, second, third = shards(folder)
+    data = third.read_bytes()
+    third.write_bytes(data[:-1])
+    with pytest.raises(ValueError, match=r"00002-of-00003.array_record has \d+ bytes instead of \d+: delete it"):
+        open_latents(folder)
+    third.unlink()
+    with pytest.raises(ValueError, match="latents-00002-of-00003.array_record is missing; give the command"):
+        open_latents(folder)
+    third.write_bytes(data)
+    first.write_bytes(second.read_bytes())  # of the same size, with good records
+    with pytest.raises(ValueError, match="latents-00000-of-00003.array_record is damaged"):
+        open_latents(folder, verify=True)
+
+
+def test_other_versions_and_what_is_no_cache_are_refused(folder, tmp_path):
+    edit(folder, lambda manifest: manifest.update(version=2))
+    with pytest.raises(ValueError, match="manifest.json is of format 'eqvae_jax latents', version 2; this program"):
+        open_latents(folder)
+    edit(folder, lambda manifest: manifest.update(version=1, format="other"))
+    with pytest.raises(ValueError, match="format 'other'"):
+        open_latents(folder)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="manifest.json is not readable JSON"):
+        open_latents(folder)
+    (folder / "manifest.json").rename(folder / "encoding.json")
+    with pytest.raises(ValueError, match="is an unfinished cache: it has no manifest.json.*give its command again"):
+        open_latents(folder)
+    with pytest.raises(ValueError, match="holds no cache of latents"):
+        open_latents(tmp_path)
+
+
+@pytest.mark.parametrize("wrong, says", [
+    ({"batch_size": 0}, "batch_size=0"), ({"seed": -1}, "seed=-1"), ({"start_step": -1}, "start_step=-1"),
+    ({"in_memory": "yes"}, "in_memory='yes'"),
+])
+def test_arguments_that_cannot_work_fail_at_once(folder, wrong, says):
+    with pytest.raises(ValueError, match=says):  # before the first next()
+        batches(open_latents(folder), 0, **wrong)
+
+
+def test_evaluations_arguments_and_processes_that_do_not_divide(folder, monkeypatch):
+    latents = open_latents(folder)
+    for wrong, says in (({"batch_size": 0}, "batch_size=0"), ({"batch_size": 2, "limit": 0}, "limit=0")):
+        with pytest.raises(ValueError, match=says):
+            evaluation_batches(latents, **wrong)
+    pretend(monkeypatch, 0, 3)
+    with pytest.raises(ValueError, match="batch_size=4 does not divide over 3 processes"):
+        train_batches(latents, batch_size=4, seed=0)
+
+
+def test_statistics_of_parts_are_those_of_the_whole(rng):
+    mean, std = rng.normal(50, 2, (7, 2, 3, 4)), rng.uniform(1, 2, (7, 2, 3, 4))
+    parts = [latent_cache.moments_of(mean[part], std[part]) for part in (slice(0, 1), slice(1, 4), slice(4, 7))]
+    nested = latent_cache.combine([latent_cache.combine(parts[:2]), parts[2]])
+    found = latent_cache.summary(nested)
+    variance = mean.var((0, 1, 2)) + np.square(std).mean((0, 1, 2))
+    np.testing.assert_allclose(found["mean"], mean.mean((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(found["std"], np.sqrt(variance), rtol=1e-12)
+    np.testing.assert_allclose(found["overall_std"], np.sqrt(mean.var() + np.square(std).mean()), rtol=1e-12)
+    assert nested["values"] == 42
+
+
+def test_shards_without_a_manifest_are_not_taken_over(folder):
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="holds latents-00000-of-00003.array_record, but neither manifest.json"):
+        latent_folder.write(folder)
+
+
+def test_a_host_that_stops_says_so_to_the_others_until_the_next_run(tmp_path):
+    cache = latent_cache.Cache(tmp_path, {"shape": [1]}, 3)
+    cache.begin()
+    cache.check_others()
+    cache.fail(2, "the disk is full")
+    with pytest.raises(ValueError, match="host 2 has stopped: the disk is full"):
+        cache.check_others()
+    cache.begin()
+    cache.check_others()
