@@ -8,6 +8,7 @@ from eqvae_jax.weights.autoencoders import (
     save_autoencoder,
 )
 from eqvae_jax.weights.errors import WeightsError
+from eqvae_jax.weights.generators import GeneratorSpec, load_generator, save_generator
 from eqvae_jax.weights.inception import InceptionSpec, fetch_inception, load_inception
 from eqvae_jax.weights.loss_networks import Critic, LossWeights, load_loss
 from eqvae_jax.weights.lpips import fetch_lpips, load_lpips
@@ -16,6 +17,7 @@ from eqvae_jax.weights.references import Reference, parse_reference
 __all__ = [
     "AutoencoderSpec",
     "Critic",
+    "GeneratorSpec",
     "InceptionSpec",
     "LossWeights",
     "Opened",
@@ -24,10 +26,12 @@ __all__ = [
     "fetch_inception",
     "fetch_lpips",
     "load_autoencoder",
+    "load_generator",
     "load_inception",
     "load_loss",
     "load_lpips",
     "open_autoencoder",
     "parse_reference",
     "save_autoencoder",
+    "save_generator",
 ]

@@ -18,14 +18,15 @@ ALIGNMENT = 64                           # torch's: where a storage may begin
 STORAGE_NAMES = {np.dtype(dtype): name.removeprefix("torch.") for name, dtype in STORAGES.items()}
 
 
-def write_torch_file(path, tensors):
+def write_torch_file(path, tensors, under="state_dict"):
     """Writes {"state_dict": tensors}, the layout of Lightning's checkpoints, for torch.load with its safest options.
 
-    tensors: name -> NumPy array, in any memory layout; one at a time is brought into torch's. The file appears under
-    its name only when it is complete. Raises WeightsError where it cannot be written.
+    under: another name in its place, or None for the tensors alone. tensors: name -> NumPy array, in any memory layout;
+    one at a time is brought into torch's. The file appears under its name only when it is complete.
+    Raises WeightsError where it cannot be written.
     """
     with whole_or_nothing(path) as partial, zipfile.ZipFile(partial, "w") as archive:
-        add(archive, "data.pkl", pickled(tensors))
+        add(archive, "data.pkl", pickled(tensors, under))
         add(archive, "byteorder", b"little")
         for i, value in enumerate(tensors.values()):
             value = np.asarray(value, order="C")
@@ -47,10 +48,11 @@ def add(archive, name, content):
         file.write(content)
 
 
-def pickled(tensors):
-    """The pickle of {"state_dict": OrderedDict of tensors}, in the operations that torch's safest reader knows."""
+def pickled(tensors, under):
+    """The pickle of {under: OrderedDict of tensors}, in the operations that torch's safest reader knows."""
     items = b"".join(text(name) + tensor(value, i) for i, (name, value) in enumerate(tensors.items()))
-    return b"\x80\x02}" + text("state_dict") + ORDERED_DICT + b"(" + items + b"us."
+    filled = ORDERED_DICT + b"(" + items + b"u"
+    return b"\x80\x02" + (filled if under is None else b"}" + text(under) + filled + b"s") + b"."
 
 
 # An empty OrderedDict: name, empty tuple, call.

@@ -36,3 +36,18 @@ def save_run():
             checkpoints.save(7, state)
 
     return save
+
+
+@pytest.fixture
+def torch_dit(torch):
+    """The module torch_dit of tests/generators, which needs torch."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "generators"))
+    return importlib.import_module("torch_dit")
+
+
+@pytest.fixture
+def public_dit(torch_dit):
+    """A DiT of torch with nothing left at zero; six channels come of three."""
+    from small_generators import SMALL
+
+    return torch_dit.randomise(torch_dit.DiT(**SMALL, out_channels=6))

@@ -1,0 +1,1 @@
+"""From noise to latents: the network of DiT and SiT, and the processes it is trained and sampled by."""

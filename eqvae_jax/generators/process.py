@@ -1,0 +1,169 @@
+"""A process by its config: how a generator learns from a batch, and how it makes one, whichever of the two it is.
+
+    Gaussian diffusion (DiT)    {"kind": "diffusion"}
+    an interpolant (SiT)        {"kind": "interpolant", "path": "linear", "prediction": "velocity", ...}
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from eqvae_jax.generators import gaussian_diffusion, interpolant, samplers
+from eqvae_jax.generators.guidance import guided, noise_levels
+
+KINDS = ("diffusion", "interpolant")
+SAMPLERS = {"diffusion": ("ddpm", "ddim"), "interpolant": ("sde", "sde-heun", "euler", "heun", "dopri5")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a sample is made; the numbers that differ from these are flags of sample.py and `config.sampling`.
+
+    sampler: of SAMPLERS, "" for the process's own (ddpm; sde). evaluations: of the network; none for dopri5.
+    guidance: scale of classifier-free guidance, 1 for none. guidance_channels: how many leading channels, 0 for all.
+    guidance_times: (low, high), where to guide, in the process's t as REPA has it; guidance_noise: the same as the
+      interval's paper has it, low < sigma <= high; at most one of the two, () for everywhere.
+    form, norm, last_step, last_step_size: of the SDE. eta: of DDIM. rtol, atol: of dopri5.
+    """
+
+    sampler: str = ""
+    evaluations: int = 250
+    guidance: float = 1.0
+    guidance_channels: int = 3
+    guidance_times: tuple = ()
+    guidance_noise: tuple = ()
+    form: str = "sigma"
+    norm: float = 1.0
+    last_step: str = "mean"
+    last_step_size: float = 0.04
+    eta: float = 0.0
+    rtol: float = 1e-3
+    atol: float = 1e-6
+
+
+class Process(NamedTuple):
+    """kind: of KINDS. outputs: C of the latents -> how many channels the network gives.
+
+    loss: (network, x (B,h,w,C), key, index (B,)) -> {"loss", ...}, (B,) each; times and noise of an example depend on
+      the key and its index alone. sample: (network_of_labels, labels (B,), null, keys (B,), shape (h,w,C), Sampling) ->
+      latents (B,h,w,C), those of an example depending on its own key alone.
+    """
+
+    kind: str
+    outputs: Callable
+    loss: Callable
+    sample: Callable
+
+
+def make_process(kind="interpolant", times="uniform", **fields) -> Process:
+    """The process of a config's section; fields: of `interpolant.Interpolant`.
+
+    Raises ValueError, naming the field, for what cannot be.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"process.kind is {kind!r}; it must be one of {', '.join(KINDS)}.")
+    if kind == "diffusion":
+        if fields or times != "uniform":
+            raise ValueError(f"process: {', '.join(fields) or 'times'} is for an interpolant; Gaussian diffusion has "
+                             "no such choice.")
+        return _diffusion(gaussian_diffusion.gaussian_diffusion())
+    return _interpolant(interpolant.Interpolant(**fields), times)
+
+
+def check_sampling(process, settings):
+    """Raises ValueError where the settings do not fit the process; the samplers check their own numbers."""
+    known = SAMPLERS[process.kind]
+    if settings.sampler and settings.sampler not in known:
+        raise ValueError(f"sampler is {settings.sampler!r}; this generator's process has {', '.join(known)}.")
+    if settings.guidance_channels < 0:
+        raise ValueError(f"guidance_channels is {settings.guidance_channels}; it must be at least 0, which is all.")
+    if settings.guidance_times and settings.guidance_noise:
+        raise ValueError("guidance_times and guidance_noise are two ways to say one interval: give one of them.")
+    for name in ("guidance_times", "guidance_noise"):
+        if len(getattr(settings, name)) not in (0, 2):
+            raise ValueError(f"{name} is {getattr(settings, name)}; it must be two numbers, or none.")
+    if process.kind == "diffusion" and settings.guidance_times:
+        raise ValueError("guidance_times are those of an interpolant, 0 to 1; for a diffusion's use guidance_noise.")
+
+
+def normal(keys, number, shape):
+    """Standard normal (B, *shape); row b depends on keys[b] and `number` alone."""
+    draw = lambda key: jax.random.normal(jax.random.fold_in(key, number), shape)
+    return jax.vmap(draw)(keys)
+
+
+def example_keys(key, index):
+    """(B,) keys, each of its example's index alone."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+
+
+def _guided(network_of_labels, labels, null, settings, level):
+    interval = settings.guidance_times or None
+    if settings.guidance_noise:
+        interval = noise_levels(*settings.guidance_noise, level)
+    return guided(network_of_labels, labels, null, settings.guidance, channels=settings.guidance_channels or None,
+                  interval=interval)
+
+
+def _diffusion(process):
+    def loss(network, x, key, index):
+        steps_key, noise_key = jax.random.split(key)
+        steps = gaussian_diffusion.draw_steps(process, steps_key, index)
+        noise = normal(example_keys(noise_key, index), 0, x.shape[1:])
+        return gaussian_diffusion.loss(process, network, x, steps, noise)
+
+    def sample(network_of_labels, labels, null, keys, shape, settings):
+        stochastic = settings.sampler in ("", "ddpm")
+        # Each sampler on the grid of its released command: DDIM's is another one where the stride is whole.
+        steps = gaussian_diffusion.respace(process, str(settings.evaluations))
+        network = _guided(network_of_labels, labels, null, settings, gaussian_diffusion.noise_level(process))
+        start, noise = normal(keys, 0, shape), lambda i: normal(keys, 1 + i, shape)
+        if stochastic:
+            return gaussian_diffusion.ddpm(steps, network, start, noise)
+        return gaussian_diffusion.ddim(steps, network, start, noise, settings.eta)
+
+    return Process("diffusion", lambda channels: 2 * channels, loss, sample)
+
+
+def _interpolant(path, times):
+    if times not in ("uniform", "lognormal"):
+        raise ValueError(f"process.times is {times!r}; it must be \"uniform\" or \"lognormal\".")
+
+    def loss(network, x, key, index):
+        times_key, noise_key = jax.random.split(key)
+        t = interpolant.draw_times(path, times_key, index, times)
+        noise = normal(example_keys(noise_key, index), 0, x.shape[1:])
+        return interpolant.loss(path, network, x, t, noise)
+
+    def sample(network_of_labels, labels, null, keys, shape, settings):
+        network = _guided(network_of_labels, labels, null, settings, path.noise_level)
+        start, noise, sampler = normal(keys, 0, shape), lambda i: normal(keys, 1 + i, shape), settings.sampler or "sde"
+        if sampler.startswith("sde"):
+            return samplers.sde(path, network, start, noise, evaluations=settings.evaluations, form=settings.form,
+                                norm=settings.norm, last_step=settings.last_step,
+                                last_step_size=settings.last_step_size,
+                                method="heun" if sampler == "sde-heun" else "euler")
+        if sampler == "dopri5":
+            return samplers.ode(path, network, start, method=sampler, rtol=settings.rtol, atol=settings.atol)
+        return samplers.ode(path, network, start, method=sampler, evaluations=settings.evaluations)
+
+    return Process("interpolant", lambda channels: channels, loss, sample)
+
+
+def make_images(model, process, settings, space, decode):
+    """(params, decoder's params, keys (B,), labels (B,)) -> uint8 images (B,H,W,3), to be jitted by the caller.
+
+    model: a network of (x, t, labels) as `dit.DiT`. space: its `to_autoencoder` undoes scale and shift. decode:
+    (params, latents) -> images in [-1, 1]. 8 bits are DiT's: 127.5 x + 128, cut off, which gives every level back.
+    """
+    def images(params, decoder, keys, labels):
+        network = lambda x, t, labels: model.apply({"params": params}, x, t, labels).prediction
+        shape = (model.input_size, model.input_size, model.in_channels)
+        z = process.sample(network, labels, model.classes, keys, shape, settings)      # (B,h,w,C)
+        pixels = decode(decoder, space.to_autoencoder(z))                              # (B,H,W,3)
+        return jnp.clip(127.5 * pixels + 128.0, 0.0, 255.0).astype(jnp.uint8)
+
+    return images

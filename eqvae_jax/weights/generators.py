@@ -1,0 +1,293 @@
+"""Generators from references and into files: `load_generator` and `save_generator`; strict tables for DiT and SiT.
+
+The two share names and shapes. Public SiT counts its time from noise to data and predicts the velocity that way, so
+its network is given 1 - t, and its last layer changes sign when a file is read or written; and of its 8 channels only
+the first half is used.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eqvae_jax.generators.dit import DiT, describe, from_description, positions, time_rates
+from eqvae_jax.weights import tables
+from eqvae_jax.weights.autoencoders import parameter_hash
+from eqvae_jax.weights.errors import WeightsError
+from eqvae_jax.weights.files import map_safetensors, write_tensors
+from eqvae_jax.weights.references import parse_reference
+from eqvae_jax.weights.torch_files import read_torch_file
+from eqvae_jax.weights.torch_writer import write_torch_file
+
+GENERATORS = {
+    "dit": "dit:FILE, a .pt or .safetensors in the layout of facebookresearch/DiT",
+    "sit": "sit:FILE, a .pt or .safetensors in the layout of willisma/SiT",
+    "workdir": "workdir:DIR of a training run of this project",
+}
+KINDS = ("dit", "sit")
+PARTS = ("ema", "model", "state_dict")                  # where training checkpoints keep weights, the best first
+WRAPPERS = re.compile(r"(module\.|_orig_mod\.)+")       # DistributedDataParallel's and torch.compile's
+LATENTS = ("hash", "reference", "scale", "shift")       # what a run knows of the autoencoder it learnt latents of
+POSITIONS, PATCH = "pos_embed", "x_embedder.proj.weight"
+NAMES = {
+    "patch": "x_embedder.proj", "time_in": "t_embedder.mlp.0", "time_out": "t_embedder.mlp.2",
+    "labels": "y_embedder.embedding_table", "final": "final_layer.linear",
+    "final_modulation": "final_layer.adaLN_modulation.1",
+    "modulation": "adaLN_modulation.1", "qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2",
+    "query_norm": "attn.q_norm", "key_norm": "attn.k_norm",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorSpec:
+    """What a user of a generator must know beside its network.
+
+    kind: "dit" (Gaussian diffusion) or "sit" (an interpolant). classes: labels run to classes - 1, and `classes` is
+    "no label". source: where the weights came from. hash: 16 hexadecimal digits of the weights, the same stacked or
+    not. latents: {"hash", "reference", "scale", "shift"} of the autoencoder, or None, since public files do not say.
+    process: what is known of the process it was trained on, such as {"prediction": "velocity"}. sampling: how its run
+    samples, the config's section of that name, or None.
+    """
+
+    kind: str
+    classes: int
+    source: str
+    hash: str
+    latents: dict | None = None
+    process: dict = dataclasses.field(default_factory=dict)
+    sampling: dict | None = None
+
+
+def load_generator(reference, *, heads=None, prediction="velocity", scan=False):
+    """(model, params, spec) of a generator reference: see GENERATORS for the forms.
+
+    params: the dict under "params" of flax variables, float32 NumPy arrays; a run's average of the weights where it
+    keeps one, and so a file's. heads: of a file, where its width does not tell. prediction: what a `sit:` file
+    predicts, since only the velocity changes its sign with the direction of time. scan: for a model with `scan`.
+    Raises WeightsError where the weights cannot be found or do not fit, listing missing, extra and mis-shaped ones.
+    """
+    reference = parse_reference(reference, GENERATORS)
+    if reference.kind == "workdir":
+        model, params, kind, known = load_workdir(reference.rest)
+    else:
+        kind, known = reference.kind, {"process": {"prediction": prediction}} if reference.kind == "sit" else {}
+        model, params = read(reference.rest, kind, heads, prediction)
+    spec = GeneratorSpec(kind, model.classes, str(reference), parameter_hash(params), **known)
+    return model.clone(scan=scan), stack_blocks(params) if scan else params, spec
+
+
+def save_generator(reference, model, params, spec):
+    """Writes weights for others: `dit:FILE` or `sit:FILE`, .pt (the tensors alone, as released) or .safetensors.
+
+    params: with blocks one by one or stacked. The file appears under its name only once it is complete. A `sit:` file
+    has the public 8 channels, the second half zeros; a model that counts time from data is turned round in its first
+    layer. Raises WeightsError where the parameters are not the model's, or the format has no place for it.
+    """
+    kind, rest = parse_reference(reference, GENERATORS)
+    path = pathlib.Path(rest)
+    if kind not in KINDS or path.suffix not in (".pt", ".safetensors"):
+        raise WeightsError(f"{reference}: weights are written as dit:FILE or sit:FILE, .pt or .safetensors")
+    if kind != spec.kind:
+        raise WeightsError(f"{reference}: these weights are a {spec.kind}'s, {spec.source}; write {spec.kind}:{rest}")
+    if model.heads != heads_of(model.width):
+        raise WeightsError(f"{reference}: such files do not say how many heads a model has; readers take "
+                           f"{heads_of(model.width)} for a width of {model.width}, and this one has {model.heads}")
+    params = unstack_blocks(params)
+    tables.check_parameters("parameters to save", params, parameter_shapes(model))
+    if kind == "dit" and model.reversed_time:
+        raise WeightsError(f"{reference}: this model is given reversed times, which DiT's code does not do")
+    if kind == "sit":
+        model, params = to_sit(model, params, spec.process.get("prediction", "velocity"), reference)
+    tensors = tables.write_parameters(params, parameter_shapes(model), key_of)
+    patch = (model.width, model.patch_size, model.patch_size, model.in_channels)
+    tensors[PATCH] = tensors[PATCH].reshape(patch).transpose(0, 3, 1, 2)                  # (D, C, p, p)
+    tensors[POSITIONS] = positions(model.width, model.input_size // model.patch_size)[None]
+    if path.suffix == ".pt":
+        write_torch_file(path, tensors, under=None)
+    else:
+        write_tensors(path, tensors)
+
+
+def stack_blocks(params):
+    """Parameters for a model with `scan` from those of one without; stacked ones are returned as they are."""
+    if "blocks" in params:
+        return params
+    depth = sum(name.startswith("block_") for name in params)
+    rest = {name: value for name, value in params.items() if not name.startswith("block_")}
+    blocks = [params[f"block_{i}"] for i in range(depth)]
+    return rest | {"blocks": jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)}
+
+
+def unstack_blocks(params):
+    """Parameters for a model without `scan` from those of one with; others are returned as they are."""
+    if "blocks" not in params:
+        return params
+    stacked = {name: value for name, value in params.items() if name != "blocks"}
+    depths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(params["blocks"])}
+    if len(depths) != 1 or depths == {()}:
+        raise WeightsError("the stacked parameters under \"blocks\" do not agree on how many blocks there are")
+    for i in range(depths.pop()[0]):
+        stacked[f"block_{i}"] = jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), params["blocks"])
+    return stacked
+
+
+def key_of(path):
+    """The public key of a path of ours, such as ("block_3", "qkv", "kernel")."""
+    *block, layer, leaf = path
+    prefix = f"blocks.{block[0].removeprefix('block_')}." if block else ""
+    return f"{prefix}{NAMES[layer]}.{'weight' if leaf == 'embedding' else tables.LEAVES[leaf]}"
+
+
+@functools.cache
+def parameter_shapes(model):
+    """Tree of ShapeDtypeStruct of the parameters without `scan`, nothing computed; not to be changed by the caller.
+
+    Raises WeightsError where the model's own fields do not fit together.
+    """
+    x = jax.ShapeDtypeStruct((1, model.input_size, model.input_size, model.in_channels), jnp.float32)
+    t, labels = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    try:
+        one = jax.eval_shape(model.clone(depth=1, scan=False).init, jax.random.key(0), x, t, labels)["params"]
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise WeightsError(f"no DiT has these sizes: {str(error).strip().splitlines()[0]}") from error
+    block = one.pop("block_0")
+    return one | {f"block_{i}": block for i in range(model.depth)}
+
+
+def heads_of(width):
+    """Heads of the published models: 64 channels each, but 72 in XL; None where a width leaves it open."""
+    return 16 if width == 1152 else width // 64 if width % 64 == 0 else None
+
+
+def read(path, kind, heads, prediction):
+    """(model, params) of a public file; raises WeightsError where it is no such file, or lists what does not fit."""
+    tensors = read_state(path)
+    try:
+        model = model_of(tensors, heads)
+        shapes = parameter_shapes(model)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    except (KeyError, IndexError, ValueError, ArithmeticError) as error:
+        raise WeightsError(f"{path}: not a DiT or SiT ({type(error).__name__}: {error}); it holds "
+                           f"{', '.join(list(tensors)[:5])} ...") from error
+    fixed, patches = tensors.pop(POSITIONS), tensors[PATCH]
+    tensors[PATCH] = patches.transpose(0, 2, 3, 1).reshape(len(patches), -1)              # (D, p p C)
+    params = tables.read_parameters(tensors, shapes, key_of, path)
+    # A file in 16 bits holds rounded positions. Anything else is another model, whatever its names say.
+    tolerance = max(1e-5, float(jnp.finfo(fixed.dtype).eps))
+    expected = positions(model.width, model.input_size // model.patch_size)
+    if not np.allclose(fixed[0].astype(np.float32), expected, rtol=0, atol=tolerance):
+        raise WeightsError(f"{path}: its pos_embed is not DiT's table of sines and cosines; learnt or interpolated "
+                           "positions are not supported")
+    return from_sit(model, params, prediction, path) if kind == "sit" else (model, params)
+
+
+def read_state(path):
+    """Name -> array of the weights in a file, the average where there is one, without the wrappers' prefixes."""
+    path = pathlib.Path(path)
+    content = map_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
+    content = content if isinstance(content, dict) else {}
+    content = next((content[part] for part in PARTS if isinstance(content.get(part), dict)), content)
+    named = [(WRAPPERS.sub("", name, count=1) if WRAPPERS.match(name) else name, value)
+             for name, value in content.items() if isinstance(name, str) and isinstance(value, np.ndarray)]
+    if not named:
+        raise WeightsError(f"{path}: holds no named tensors, so it is no file of weights")
+    if len(dict(named)) != len(named):
+        raise WeightsError(f"{path}: holds some tensors twice, with and without the prefix of a wrapper")
+    return dict(named)
+
+
+def model_of(tensors, heads):
+    """The model that the shapes in a file describe. heads: None to take the published number for its width."""
+    if empty := [name for name, value in tensors.items() if not value.size]:
+        raise WeightsError(f"its tensors {', '.join(empty[:5])} are empty")  # and their other sides could be any number
+    width, channels, patch, _ = tensors[PATCH].shape
+    one, tokens, across = tensors[POSITIONS].shape
+    grid = math.isqrt(tokens)
+    if one != 1 or across != width or grid * grid != tokens:
+        raise WeightsError(f"its pos_embed is {tensors[POSITIONS].shape}; it must be (1, tokens of a square, {width})")
+    heads = heads or heads_of(width)
+    if heads is None:
+        raise WeightsError(f"its width of {width} does not tell how many heads it has; say heads=N")
+    blocks = {m[1] for m in map(re.compile(r"blocks\.(\d+)\.").match, tensors) if m}
+    features = tensors["final_layer.linear.weight"].shape[0]
+    if features % patch**2:
+        raise WeightsError(f"its last layer makes {features} numbers, which do not divide into patches of {patch}")
+    return DiT(
+        input_size=grid * patch, in_channels=channels, out_channels=features // patch**2, patch_size=patch,
+        width=width, depth=len(blocks), heads=heads,
+        mlp_ratio=tensors["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        classes=tensors["y_embedder.embedding_table.weight"].shape[0] - 1,
+        qk_norm="blocks.0.attn.q_norm.weight" in tensors,
+    )
+
+
+def from_sit(model, params, prediction, where):
+    """Ours from the public SiT's: unused channels dropped, the velocity's sign turned, and time reversed."""
+    channels, out = model.in_channels, model.out_channels
+    if out not in (channels, 2 * channels):
+        raise WeightsError(f"{where}: a SiT of {channels} channels predicts {channels} or {2 * channels}; this one "
+                           f"predicts {out}")
+    sign = np.float32(-1 if prediction == "velocity" else 1)
+    final = {name: sign * value.reshape(*value.shape[:-1], -1, out)[..., :channels].reshape(*value.shape[:-1], -1)
+             for name, value in params["final"].items()}
+    return model.clone(out_channels=channels, reversed_time=True), params | {"final": final}
+
+
+def to_sit(model, params, prediction, where):
+    """What `from_sit` undoes, with as many channels of zeros; and time turned round where it runs from data."""
+    channels = model.in_channels
+    if model.out_channels != channels:
+        raise WeightsError(f"{where}: SiT predicts as many channels as it is given, {channels}; this model predicts "
+                           f"{model.out_channels}")
+    if not model.reversed_time:
+        params = params | {"time_in": params["time_in"] | {"kernel": turned(params["time_in"]["kernel"])}}
+    sign = np.float32(-1 if prediction == "velocity" else 1)
+    final = {}
+    for name, value in params["final"].items():
+        value = np.asarray(value, np.float32).reshape(*value.shape[:-1], -1, channels)
+        final[name] = np.concatenate([sign * value, np.zeros_like(value)], -1).reshape(*value.shape[:-2], -1)
+    return model.clone(out_channels=2 * channels, reversed_time=True), params | {"final": final}
+
+
+def turned(kernel):
+    """The kernel (256, D) that makes of the cosines and sines of 1 - t what `kernel` makes of those of t.
+
+    cos(f (1 - s)) = cos f cos fs + sin f sin fs; sin(f (1 - s)) = sin f cos fs - cos f sin fs. It is its own inverse.
+    """
+    rates = time_rates().astype(np.float64)[:, None]
+    cosines, sines = np.split(np.asarray(kernel, np.float64), 2)
+    return np.concatenate([np.cos(rates) * cosines + np.sin(rates) * sines,
+                           np.sin(rates) * cosines - np.cos(rates) * sines]).astype(np.float32)
+
+
+def load_workdir(rest):
+    """(model, params, kind, more of its spec) of a run of ours, with its average of the weights if there is one."""
+    from eqvae_jax.training.checkpoint import load_params  # needs Orbax, which is slow to import
+
+    try:
+        try:
+            saved, config, _ = load_params(rest, "ema")
+        except ValueError:                                   # this run keeps no average of its weights
+            saved, config, _ = load_params(rest, "params")
+    except FileNotFoundError as error:
+        raise WeightsError(f"workdir:{rest}: {error}") from error
+    section, params, latents = config.get("generator"), saved.get("generator"), config.get("latents")
+    if not section or not params:
+        raise WeightsError(f"workdir:{rest}: its run trained no generator")
+    try:
+        model, kind = from_description(section), section["kind"]
+        if kind not in KINDS:
+            raise ValueError(f"a generator of kind {kind!r}; this version knows {', '.join(KINDS)}")
+        latents = {name: latents[name] for name in LATENTS} if latents else None
+        params = unstack_blocks(params)
+        tables.check_parameters("its parameters", params, parameter_shapes(model))
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"workdir:{rest}: {type(error).__name__}: {error}") from error
+    process = {name: value for name, value in section.items() if name not in {"kind", *describe(model)}}
+    return model, params, kind, dict(latents=latents, process=process, sampling=config.get("sampling"))

@@ -1,0 +1,141 @@
+"""Processes by their config: perfect predictors lead every sampler to the data, and an image depends on its own key."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eqvae_jax.generators import gaussian_diffusion
+from eqvae_jax.generators.process import SAMPLERS, Sampling, check_sampling, example_keys, make_process
+
+SHAPE, NULL = (3, 3, 4), 2
+TARGETS = np.random.default_rng(1).normal(size=(NULL + 1, *SHAPE)).astype(np.float32)  # the data of each label
+PROCESSES = {"diffusion": dict(kind="diffusion"), "interpolant": dict(kind="interpolant")}
+CASES = [(kind, sampler) for kind in SAMPLERS for sampler in SAMPLERS[kind]]
+
+
+def perfect(kind):
+    """What an ideal network says where all data of a label is one point: the noise, or the velocity, towards it."""
+    bar = np.asarray(gaussian_diffusion.gaussian_diffusion().alphas_bar, np.float32)
+
+    def network(x, t, labels):
+        data = jnp.asarray(TARGETS)[labels]
+        t = t[:, None, None, None]
+        if kind == "interpolant":
+            return (x - data) / jnp.maximum(t, 1e-6)
+        alpha_bar = jnp.asarray(bar)[t.astype(int)]
+        eps = (x - jnp.sqrt(alpha_bar) * data) / jnp.sqrt(1 - alpha_bar)
+        return jnp.concatenate([eps, -jnp.ones_like(eps)], -1)                # the posterior's own variance
+
+    return network
+
+
+def sampled(kind, labels, numbers, **settings):
+    process, keys = make_process(**PROCESSES[kind]), example_keys(jax.random.key(0), np.asarray(numbers))
+    settings = Sampling(**dict(evaluations=9) | settings)
+    run = jax.jit(lambda labels, keys: process.sample(perfect(kind), labels, NULL, keys, SHAPE, settings))
+    return np.asarray(run(jnp.asarray(labels), keys))
+
+
+def options(sampler):
+    if sampler == "dopri5":
+        return dict(sampler=sampler, evaluations=None)
+    return dict(sampler=sampler, last_step="euler")  # which undoes what noise of the SDE is left
+
+
+@pytest.mark.parametrize("kind, sampler", CASES)
+def test_a_perfect_predictor_leads_to_the_data_of_its_label(kind, sampler):
+    if sampler == "dopri5":
+        pytest.importorskip("diffrax")
+    found = sampled(kind, [0, 1, 1], [5, 6, 7], **options(sampler))
+    # Dopri5 stops at its tolerance; DDPM's variance at the step before the last is not quite gone.
+    np.testing.assert_allclose(found, TARGETS[[0, 1, 1]], atol=0.02 if sampler in ("dopri5", "ddpm") else 1e-3)
+
+
+@pytest.mark.parametrize("kind", PROCESSES)
+def test_guidance_moves_the_channels_it_is_told_to(kind):
+    expected = TARGETS[[0, 1]].copy()
+    guided = TARGETS[NULL] + 2.5 * (expected - TARGETS[NULL])
+    expected[..., :3] = guided[..., :3]
+    sampler = {"diffusion": "ddim", "interpolant": "euler"}[kind]
+    three = sampled(kind, [0, 1], [0, 1], sampler=sampler, guidance=2.5)
+    every = sampled(kind, [0, 1], [0, 1], sampler=sampler, guidance=2.5, guidance_channels=0)
+    np.testing.assert_allclose(three, expected, atol=2e-3)
+    np.testing.assert_allclose(every, guided, atol=2e-3)
+
+
+def test_guidance_outside_its_interval_is_none():
+    everywhere = sampled("interpolant", [0], [0], sampler="euler", guidance=2.5, guidance_times=(0.0, 1.0))
+    nowhere = sampled("interpolant", [0], [0], sampler="euler", guidance=2.5, guidance_times=(1.5, 2.0))
+    quiet = sampled("interpolant", [0], [0], sampler="euler", guidance=2.5, guidance_noise=(1e6, 2e6))
+    np.testing.assert_allclose(nowhere, TARGETS[[0]], atol=1e-3)
+    np.testing.assert_allclose(quiet, TARGETS[[0]], atol=1e-3)
+    assert np.abs(everywhere - TARGETS[[0]]).max() > 0.5
+
+
+def curious(x, t, labels):
+    """A network that leads nowhere, so that the noise stays visible in the sample."""
+    return 0.3 * x + labels[:, None, None, None]
+
+
+@pytest.mark.parametrize("sampler", ["sde", "sde-heun", "heun"])
+def test_a_sample_depends_on_its_own_key_alone(sampler):
+    process = make_process()
+
+    def run(numbers):
+        keys, labels = example_keys(jax.random.key(3), np.asarray(numbers)), jnp.asarray(numbers) % 2
+        return np.asarray(process.sample(curious, labels, NULL, keys, SHAPE, Sampling(sampler, evaluations=7)))
+
+    whole, part = run([0, 1, 2, 3, 4]), run([3, 1])
+    np.testing.assert_allclose(part, whole[[3, 1]], rtol=1e-5)
+    assert np.abs(whole[0] - whole[2]).max() > 0.1                             # the same label, other noise
+
+
+@pytest.mark.parametrize("kind", PROCESSES)
+def test_the_loss_of_an_example_depends_on_its_index_alone(kind):
+    process, x = make_process(**PROCESSES[kind]), jnp.asarray(TARGETS)
+
+    def network(x_t, t):
+        return jnp.concatenate([x_t] * (2 if kind == "diffusion" else 1), -1)
+
+    def losses(rows):
+        return np.asarray(process.loss(network, x[jnp.asarray(rows)], jax.random.key(1), jnp.asarray(rows))["loss"])
+
+    np.testing.assert_allclose(losses([2, 0]), losses([0, 1, 2])[[2, 0]], rtol=1e-5)
+    assert len(set(losses([0, 1, 2]).tolist())) == 3
+
+
+def test_noise_and_time_are_not_the_same_draw():
+    """A network that knows only the noise would otherwise know the time; over many examples they do not correlate."""
+    process, count = make_process(), 4000
+    x, index = jnp.zeros((count, 1, 1, 1)), jnp.arange(count)
+    seen = {}
+
+    def network(x_t, t):
+        seen.update(t=t, noise=x_t[:, 0, 0, 0] / t)
+        return x_t
+
+    process.loss(network, x, jax.random.key(0), index)
+    assert abs(np.corrcoef(seen["t"], seen["noise"])[0, 1]) < 0.06 and abs(float(seen["noise"].std()) - 1) < 0.05
+
+
+@pytest.mark.parametrize("section, message", [
+    (dict(kind="flow"), "process.kind is 'flow'"),
+    (dict(kind="diffusion", path="linear"), "path is for an interpolant"),
+    (dict(times="gamma"), "process.times"), (dict(path="cosine"), "must be one of"),
+])
+def test_a_process_that_cannot_be_is_refused(section, message):
+    with pytest.raises(ValueError, match=message):
+        make_process(**section)
+
+
+@pytest.mark.parametrize("kind, settings, message", [
+    ("diffusion", dict(sampler="heun"), "has ddpm, ddim"), ("interpolant", dict(sampler="ddpm"), "has sde"),
+    ("interpolant", dict(guidance_channels=-1), "at least 0"),
+    ("interpolant", dict(guidance_times=(0, 1), guidance_noise=(0, 1)), "give one of them"),
+    ("interpolant", dict(guidance_times=(0.5,)), "two numbers"),
+    ("diffusion", dict(guidance_times=(0, 1)), "use guidance_noise"),
+])
+def test_settings_of_another_process_are_refused(kind, settings, message):
+    with pytest.raises(ValueError, match=message):
+        check_sampling(make_process(**PROCESSES[kind]), Sampling(**settings))
