@@ -24,7 +24,8 @@ FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "What to train: FILE.py or FILE.py:VARIANT.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Directory for checkpoints, metrics.jsonl, event files and reports.")
 
-TASKS = {"autoencoder": "eqvae_jax.run.autoencoder", "classifier": "eqvae_jax.run.classifier"}
+TASKS = {"autoencoder": "eqvae_jax.run.autoencoder", "classifier": "eqvae_jax.run.classifier",
+         "generator": "eqvae_jax.run.generator"}
 
 
 def task_of(config):

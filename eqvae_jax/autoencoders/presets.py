@@ -30,6 +30,7 @@ PRESETS = {
     "vqgan": Preset(AutoencoderVQ(**_F16, latent_channels=256, codebook_size=1024)),  # taming's imagenet_f16_1024
     # Each kind at a size that two CPU cores train in minutes, and at one that tests compile in seconds.
     "quickstart": Preset(AutoencoderKL(**_SMALL, latent_channels=8)),
+    "fashion": Preset(AutoencoderKL(**_SMALL, latent_channels=4)),
     "sd16-quickstart": Preset(AutoencoderKL(**_SMALL | dict(multipliers=(1, 1, 2, 4), attention_levels=(3,)),
                                             latent_channels=16)),
     "sd3-quickstart": Preset(AutoencoderKL(**_SMALL, latent_channels=16, quant=False)),

@@ -186,6 +186,18 @@ def _doubts(name, images, ours, theirs):
     return doubts
 
 
+def reference_gaussian(reference, extractor, *, batch_size=50, cache=None, progress=True):
+    """Gaussian of a reference ImageSet's features, from its file where that holds them.
+
+    Raises ValueError as `measure`.
+    """
+    if stored_statistics(reference, extractor):
+        return load_statistics(reference.samples.path, suffix=statistics_suffix(extractor.name))
+    batches = reference.batches(batch_size)
+    options = {"batch_size": batch_size, "cache": cache, "progress": progress, "name": "reference"}
+    return collect(extractor, batches, reference.count, **options).gaussian
+
+
 def write_reference(path, reference, extractor, *, batch_size=50, cache=None, progress=True):
     """Writes an .npz with the statistics of all of a reference's images and at most 10,000 of them, evenly spread.
 

@@ -1,6 +1,7 @@
 """Sets of images as .npz files in ADM's format: 8-bit images and statistics of their features, streamed both ways.
 
     arr_0                       uint8 (N, H, W, 3)
+    arr_1                       int64 (N,), the classes of generated images, where known
     mu, sigma                   (D,), (D, D) of Inception's pool features; mu_s, sigma_s of its spatial ones (sFID)
     mu(NAME), sigma(NAME)       ours: of another network's features; no other tool takes them for Inception's
     made_with                   ours: JSON that says which network and how many images the statistics are of
@@ -87,11 +88,12 @@ def read_images(samples, rows):
             yield batch
 
 
-def write_npz(path, batches, count, *, statistics=None, spatial=None, made_with=None):
+def write_npz(path, batches, count, *, labels=None, statistics=None, spatial=None, made_with=None):
     """Writes images, and statistics if given, whole or not at all; memory does not grow with their number.
 
     Args:
       batches: iterable of uint8 (B, H, W, 3), of `count` images in all.
+      labels: int (N,), or None.
       statistics, spatial: Gaussian of pool features and of spatial ones.
       made_with: dict for JSON; its "features" is the network's name, which must be given with statistics. ADM's names
         (mu, sigma) are used for "inception" only.
@@ -99,9 +101,9 @@ def write_npz(path, batches, count, *, statistics=None, spatial=None, made_with=
     Raises:
       ValueError: other images, or another number of them.
     """
-    suffix = statistics_suffix(made_with["features"]) if made_with else ""
+    suffix = statistics_suffix(made_with["features"]) if made_with and (statistics or spatial) else ""
     with whole(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-        with archive.open(f"{IMAGES}.npy", "w", force_zip64=True) as file:
+        with _member(archive, IMAGES) as file:
             size, written = None, 0
             for batch in batches:
                 batch = checked_images(batch, size)
@@ -113,15 +115,20 @@ def write_npz(path, batches, count, *, statistics=None, spatial=None, made_with=
                 written += len(batch)
             if written != count or not count:
                 raise ValueError(f"{path}: {written} images came, {count} were announced; nothing was written.")
-        arrays = {}
+        arrays = {} if labels is None else {"arr_1": np.asarray(labels, np.int64)}
         for gaussian, end in ((statistics, ""), (spatial, "_s")):
             if gaussian is not None:
                 arrays |= {f"mu{end}{suffix}": gaussian.mu, f"sigma{end}{suffix}": gaussian.sigma}
         if made_with:
             arrays["made_with"] = np.array(json.dumps(made_with))
         for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+            with _member(archive, name) as file:
                 np.lib.format.write_array(file, array, allow_pickle=False)
+
+
+def _member(archive, name):
+    # A ZipInfo of its own has no time in it: the same set gives the same bytes.
+    return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
 
 
 def statistics_suffix(features):

@@ -31,6 +31,8 @@ class Task(NamedTuple):
     shardings: TrainState
     # (state shapes, batch shapes) -> iterator of (name, thunk that compiles one program), first needed first
     warm_up: Callable | None = None
+    # {name: state -> float}: what is measured of a state as a whole and not of one example, at every evaluation
+    measures: dict | None = None
 
 
 class Data(NamedTuple):
@@ -91,7 +93,7 @@ def train(task, data, config, workdir, mesh):
                 checkpoints.check()
             with interval.paused():
                 if _due(settings.eval_every, done, last) and not stopping:
-                    evaluated = evaluate(task.eval_step, state, data.evaluation(), mesh, stop.pending)
+                    evaluated = _evaluated(task, state, data, mesh, stop)
                     if evaluated:
                         writer.scalars(done, evaluated, split="eval")
                         progress.report(done, evaluated, split="eval")
@@ -134,6 +136,16 @@ def _example(data, config):
     return None
 
 
+def _evaluated(task, state, data, mesh, stop):
+    """{name: number} of one evaluation, or None where a signal interrupted it."""
+    result = evaluate(task.eval_step, state, data.evaluation(), mesh, stop.pending)
+    for name, measure in (task.measures or {}).items():
+        if result is None or stop.pending():
+            return None
+        result[name] = float(measure(state))
+    return result
+
+
 def _due(every, done, last):
     """Tells whether what happens every so many steps (0 = never) happens now; at the last step it does."""
     return bool(every) and (last or done % every == 0)
@@ -167,7 +179,7 @@ def _validate(config):
 def _check_best_metric(task, config, shapes, example):
     """Raises ValueError now rather than at the first evaluation, hours from here."""
     wanted = config.checkpoint.best_metric
-    known = jax.eval_shape(task.eval_step, shapes, example) if wanted else ()
+    known = {*jax.eval_shape(task.eval_step, shapes, example), *(task.measures or {})} if wanted else ()
     if wanted and wanted not in known:
         raise ValueError(f"config.checkpoint.best_metric is {wanted!r}; evaluation gives: "
                          + ", ".join(sorted(known)))

@@ -1,0 +1,74 @@
+"""Images from a generator: the sampler and the decoder as one program, spread over the devices."""
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from eqvae_jax.evaluation.reconstruction import functions
+from eqvae_jax.generators.process import example_keys, make_images
+from eqvae_jax.training.metrics import to_host
+from eqvae_jax.training.sharding import put
+
+POLICIES = ("uniform", "balanced")
+
+
+class Sampler:
+    """Makes image number n of a set, for any n, from (seed, n) alone: neither batch nor devices matter."""
+
+    def __init__(self, model, process, settings, space, autoencoder, mesh, batch, seed=0):
+        """autoencoder: (model, params, spec) that decodes; batch: images at a time, rounded up to the devices.
+
+        Raises ValueError, naming both, if the autoencoder is not the one whose latents were learnt.
+        """
+        decoder, params, spec = autoencoder
+        if spec.hash != space.hash:
+            raise ValueError(f"the generator learnt latents of {space.reference} (hash {space.hash}), and "
+                             f"{spec.reference} is another autoencoder (hash {spec.hash}): its pictures would be "
+                             "wrong.")
+        if batch < 1:
+            raise ValueError(f"a batch of {batch} images must be at least 1.")
+        self.model, self.mesh, self.batch = model, mesh, -(-batch // mesh.size) * mesh.size
+        self._key = jax.random.key(seed)
+        self._decoder = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        _, decode = functions(decoder)
+        make = make_images(model, process, settings, space, decode)
+
+        @jax.jit
+        def images(params, decoder, key, number, label):
+            return make(params, decoder, example_keys(jax.random.fold_in(key, 0), number), label)
+
+        @jax.jit
+        def uniform(key, number):
+            draw = lambda k: jax.random.randint(k, (), 0, model.classes)
+            return jax.vmap(draw)(example_keys(jax.random.fold_in(key, 1), number))
+
+        self._images, self._uniform = images, uniform
+
+    def place(self, params):
+        """The generator's parameters on every device."""
+        return jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))
+
+    def labels(self, policy, numbers):
+        """int32 (N,): "uniform", drawn as DiT's released command does; "balanced", 0, 1, .. in turn; or one class."""
+        numbers = np.asarray(numbers, np.int32)
+        if policy == "uniform":
+            return np.asarray(self._uniform(self._key, numbers), np.int32)
+        if policy == "balanced":
+            return numbers % self.model.classes
+        return np.full(len(numbers), int(policy), np.int32)
+
+    def images(self, params, numbers, labels):
+        """uint8 (N,H,W,3) of the images with these numbers (N,) and labels (N,); params: the generator's."""
+        numbers, labels = np.asarray(numbers, np.int32), np.asarray(labels, np.int32)
+        parts = []
+        for start in range(0, len(numbers), self.batch):
+            rows = slice(start, start + self.batch)
+            parts.append(self._batch(params, numbers[rows], labels[rows]))
+        return np.concatenate(parts)
+
+    def _batch(self, params, numbers, labels):
+        short = self.batch - len(numbers)  # padded, so that one program is compiled
+        local = lambda a: np.array_split(np.pad(a, (0, short)), jax.process_count())[jax.process_index()]
+        placed = put(self.mesh, {"number": local(numbers), "label": local(labels)})
+        made = self._images(params, self._decoder, self._key, placed["number"], placed["label"])
+        return to_host(made)[: len(numbers)]

@@ -1,0 +1,237 @@
+"""Images from a generator: a set in ADM's .npz, which evaluate generation measures, and a picture of the first ones.
+
+    python -m eqvae_jax.sample --generator=workdir:RUNS/sit --count=50000 --output=samples.npz
+    python -m eqvae_jax.sample --generator=sit:SiT-XL-2-256x256.pt --autoencoder=diffusers:stabilityai/sd-vae-ft-ema \\
+        --guidance=4 --classes=207 --count=16 --output=golden_retriever.npz
+
+Image n is made from the seed and n alone, so a set does not depend on the batch or the devices, and one that was
+interrupted goes on with the same command to the same images. Settings that are not given are those of the run's config.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+
+# JAX and all that imports it is imported where it is first needed: --help and a mistyped flag do not wait for it.
+
+PICTURE = 64  # images, at most
+PUBLISHED = {"dit": {"kind": "diffusion"}, "sit": {"kind": "interpolant"}}  # the process of a public file
+
+
+def main(arguments=None):
+    """Runs the command line; returns the process's exit code, 2 for something the user can put right."""
+    options = _parser().parse_args(arguments)
+    from eqvae_jax.backend import use_compilation_cache
+
+    use_compilation_cache()
+    try:
+        sample(options)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on: images so far are in {partial_path(options.output)}",
+              file=sys.stderr)
+        return 130
+    return 0
+
+
+def sample(options):
+    """Makes the set that the command line asks for, or what is missing of it."""
+    output = pathlib.Path(options.output).expanduser()
+    if output.suffix != ".npz":
+        raise ValueError(f"--output={options.output} must end in .npz.")
+    if output.exists() and not options.overwrite:
+        raise ValueError(f"{output} exists: --overwrite writes over it.")
+    if options.count < 1 or options.batch_size < 1:
+        raise ValueError(f"--count={options.count} and --batch_size={options.batch_size} must be at least 1.")
+
+    from ml_collections import ConfigDict
+
+    from eqvae_jax import weights
+    from eqvae_jax.data.latents import LatentSpace
+    from eqvae_jax.generators.process import check_sampling, make_process
+    from eqvae_jax.run.sampling import Sampler
+    from eqvae_jax.training.sharding import make_mesh
+
+    model, params, spec = weights.load_generator(options.generator, scan=True)  # compiles one block instead of all
+    model = model.clone(dtype=options.dtype)
+    process = make_process(**PUBLISHED[spec.kind] | spec.process)
+    settings = chosen_settings(options, spec)
+    check_sampling(process, settings)
+    check_classes(options.classes, model)
+    reference = options.autoencoder or (spec.latents and spec.latents["reference"])
+    if not reference:
+        raise ValueError(f"{options.generator} does not say which autoencoder's latents it makes: "
+                         "--autoencoder=REFERENCE (released DiT and SiT: diffusers:stabilityai/sd-vae-ft-ema or "
+                         "-mse).")
+    autoencoder = weights.load_autoencoder(reference)
+    space = LatentSpace(**spec.latents) if spec.latents else LatentSpace.of(autoencoder[2])
+    mesh = make_mesh(ConfigDict({"data": -1, "fsdp": 1}))
+    sampler = Sampler(model, process, settings, space, autoencoder, mesh, options.batch_size, options.seed)
+    made_with = {"generator": dataclasses.asdict(spec), "autoencoder": dataclasses.asdict(autoencoder[2]),
+                 "sampling": dataclasses.asdict(settings), "classes": options.classes, "seed": options.seed,
+                 "dtype": options.dtype}
+    size = (model.input_size * autoencoder[0].downsampling,) * 2
+    print(f"{options.generator}: {options.count:,} images of {size[0]} x {size[1]}, {sampler.batch} at a time; "
+          f"{settings.sampler or 'its default sampler'}, {settings.evaluations} evaluations, guidance "
+          f"{settings.guidance:g}; decoded by {reference}.")
+    make(sampler, params, options, output, made_with, size)
+
+
+def make(sampler, params, options, output, made_with, size):
+    """Fills the set's unfinished file, then writes the .npz and the picture."""
+    import jax
+    import numpy as np
+    from tqdm import tqdm
+
+    from eqvae_jax.evaluation.samples import write_npz
+
+    leads = jax.process_index() == 0  # every host makes its part of each batch; one writes
+    placed = sampler.place(params)
+    with Unfinished(partial_path(output), size, made_with | {"count": options.count, "batch": sampler.batch},
+                    writes=leads) as unfinished:
+        start = unfinished.count // sampler.batch * sampler.batch
+        if start:
+            print(f"going on from image {start:,}")
+        with tqdm(total=options.count, initial=start, unit="image", disable=None) as bar:
+            for first in range(start, options.count, sampler.batch):
+                numbers = np.arange(first, min(first + sampler.batch, options.count))
+                images = sampler.images(placed, numbers, sampler.labels(options.classes, numbers))
+                unfinished.write(first, images)
+                bar.update(len(numbers))
+        if not leads:
+            return
+        labels = sampler.labels(options.classes, np.arange(options.count))
+        write_npz(output, unfinished.batches(), options.count, labels=labels, made_with=made_with)
+        picture = draw(next(unfinished.batches(PICTURE)), output)
+    unfinished.remove()
+    print(f"wrote {output} and {picture}")
+
+
+def draw(images, output):
+    """Writes the grid of images beside `output` and returns its path."""
+    from eqvae_jax.evaluation import figures
+
+    figures.save(figures.sample_grid(images), output.with_suffix(""))
+    return output.with_suffix(".png")
+
+
+class Unfinished:
+    """The images of a set that is being made, raw and in order, and beside them, in JSON, how they are made."""
+
+    def __init__(self, path, size, settings, writes=True):
+        """Raises ValueError, naming what differs, where a file of another set is at `path`."""
+        self.path, self.size, self._writes = path, size, writes
+        self._settings, self._bytes = json.dumps(settings, sort_keys=True), 3 * size[0] * size[1]
+        self._beside = path.with_suffix(".json")
+        if self._beside.exists():
+            then, now = json.loads(self._beside.read_text()), json.loads(self._settings)
+            different = [key for key in now if then.get(key) != now[key]]
+            if different:
+                raise ValueError(f"{path} holds the beginning of another set, with other {', '.join(different)}: give "
+                                 f"its command to finish it, or delete it and {self._beside.name}.")
+        elif writes:
+            from eqvae_jax.atomic import whole
+
+            with whole(self._beside) as partial:
+                partial.write_text(self._settings + "\n")
+            path.unlink(missing_ok=True)
+
+    @property
+    def count(self):
+        """How many whole images are there."""
+        return self.path.stat().st_size // self._bytes if self.path.exists() else 0
+
+    def __enter__(self):
+        if self._writes:
+            self._file = open(self.path, "r+b" if self.path.exists() else "w+b")
+        return self
+
+    def __exit__(self, *_):
+        if self._writes:
+            self._file.close()
+
+    def write(self, first, images):
+        """Puts images (N,H,W,3) at number `first` and on; what was behind is cut off."""
+        if self._writes:
+            self._file.seek(first * self._bytes)
+            self._file.write(images.tobytes())
+            self._file.truncate()
+            self._file.flush()
+
+    def batches(self, rows=500):
+        """Yields the images, uint8 (<= rows, H, W, 3)."""
+        import numpy as np
+
+        everything = np.memmap(self.path, np.uint8, "r").reshape(-1, *self.size, 3)
+        for first in range(0, len(everything), rows):
+            yield everything[first : first + rows]
+
+    def remove(self):
+        self.path.unlink()
+        self._beside.unlink()
+
+
+def partial_path(output):
+    output = pathlib.Path(output).expanduser()
+    return output.with_name(f"{output.name}.unfinished")
+
+
+def chosen_settings(options, spec):
+    """The Sampling of the run's config, with what the command line says in its place."""
+    from eqvae_jax.generators.process import Sampling
+
+    settings = Sampling(**{name: tuple(value) if isinstance(value, list) else value
+                           for name, value in (spec.sampling or {}).items()})
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Sampling)
+             if getattr(options, field.name) is not None}
+    return dataclasses.replace(settings, **{name: tuple(value) if isinstance(value, list) else value
+                                            for name, value in given.items()})
+
+
+def check_classes(policy, model):
+    """Raises ValueError for a policy that is neither of the two words nor a class of the model."""
+    if policy in ("uniform", "balanced"):
+        return
+    if not policy.isdecimal() or int(policy) > model.classes:
+        raise ValueError(f"--classes={policy} is neither uniform nor balanced nor a class of this generator, 0 to "
+                         f"{model.classes - 1} ({model.classes}: no class).")
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="python -m eqvae_jax.sample", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--generator", required=True, metavar="REFERENCE", help="workdir:DIR, dit:FILE or sit:FILE")
+    add("--autoencoder", metavar="REFERENCE", help="that decodes; where the generator's latents came from if not given")
+    add("--count", type=int, default=64, metavar="N", help="images (%(default)s)")
+    add("--output", required=True, metavar="FILE.npz", help="the set; its picture is beside it, .png and .pdf")
+    add("--classes", default="uniform", help="uniform: drawn at random, as published FIDs; balanced: in turn; or a "
+                                             "class's number (%(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
+    add("--batch_size", type=int, default=50, metavar="N", help="images at a time; changes nothing (%(default)s)")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the network's blocks (%(default)s)")
+    add("--overwrite", action="store_true", help="write over an existing set")
+    group = parser.add_argument_group("sampling", "not given: as in the run's config, or as the published commands")
+    add = group.add_argument
+    add("--sampler", help="diffusion: ddpm, ddim; interpolant: sde, sde-heun, euler, heun, dopri5")
+    add("--evaluations", type=int, metavar="N", help="of the network")
+    add("--guidance", type=float, metavar="SCALE", help="of classifier-free guidance; 1: none")
+    add("--guidance_channels", type=int, metavar="N", help="guided channels: 3 as released, 0 all")
+    add("--guidance_times", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide where LOW <= t <= HIGH, as REPA")
+    add("--guidance_noise", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide where LOW < sigma <= HIGH")
+    add("--form", help="of the SDE's diffusion: constant, SBDM, sigma, linear, decreasing, increasing-decreasing")
+    add("--norm", type=float, help="of the SDE's diffusion")
+    add("--last_step", help="of the SDE: mean, euler, tweedie, or empty for none")
+    add("--last_step_size", type=float, metavar="T")
+    add("--eta", type=float, help="of DDIM: 0 deterministic")
+    add("--rtol", type=float, help="of dopri5")
+    add("--atol", type=float, help="of dopri5")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
