@@ -85,7 +85,6 @@ def recipe():
         accumulate=1,  # parts of a batch that are computed one after another, for memory
         log_every=100, eval_every=10_000, preview_every=10_000,
         max_skipped=20,  # stop (at the next log or save) after so many updates in a row with non-finite gradients
-        warm_up=False,
     )
     config.checkpoint = dict(every=10_000, keep=3, keep_best=0, best_metric="", best_mode="min")
     config.mesh = dict(data=-1, fsdp=1, min_shard_size=2**18)  # fsdp=N splits parameters and optimizer over N devices

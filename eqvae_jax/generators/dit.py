@@ -103,6 +103,8 @@ class DiT(nn.Module):
         return Output(x.reshape(batch, self.input_size, self.input_size, self.out_channels), hidden)
 
     def _check(self, x, t, labels):
+        if jnp.dtype(self.dtype) not in (jnp.float32, jnp.bfloat16):  # float16 needs a scaled loss, and fails on CPUs
+            raise ValueError(f"DiT: dtype is {self.dtype!r}; it must be 'float32' or 'bfloat16'.")
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"DiT: a width of {self.width} does not divide into {self.heads} heads, or by 4 for the "
                              "positions; change width or heads.")

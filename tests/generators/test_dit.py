@@ -141,16 +141,15 @@ def test_scanned_blocks_begin_different(rng):
     assert 0.98 * (6 / 256)**0.5 < np.abs(kernel).max() <= (6 / 256)**0.5 * 1.000001
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_sixteen_bits_are_close(rng, variables, dtype):
-    model = DiT(**SMALL)
+def test_bfloat16_is_close(rng, variables):
+    model, dtype = DiT(**SMALL), "bfloat16"
     x, _, labels = batch_of(model, rng)
     t = np.array([999, 998], np.float32)                       # two steps that bfloat16 cannot tell apart
     apply = {name: jax.jit(model.clone(dtype=name).apply) for name in ("float32", dtype)}
     exact, output = apply["float32"](variables, x, t, labels).prediction, apply[dtype](variables, x, t, labels)
     assert {leaf.dtype for leaf in jax.tree.leaves(output)} == {jnp.dtype("float32")}
     error = np.linalg.norm(output.prediction - exact) / np.linalg.norm(exact)
-    assert 1e-5 < error < {"bfloat16": 0.02, "float16": 0.003}[dtype]
+    assert 1e-5 < error < 0.02
     # Time itself stays exact: one step moves the output by far more than the same step from one rounded time would.
     moved = [apply[name](variables, x, t - 1, labels).prediction - y
              for name, y in (("float32", exact), (dtype, output.prediction))]
@@ -215,6 +214,7 @@ def test_the_null_label_has_a_row_of_its_own(rng, variables):
     ({}, dict(labels=(2, 1)), r"not \(2,\) and int32 \(2, 1\)"),
     (dict(heads=5), {}, "64 does not divide into 5 heads"),
     (dict(width=66, heads=3), {}, "66 does not divide into 3 heads, or by 4"),
+    (dict(dtype="float16"), {}, "dtype is 'float16'; it must be 'float32' or 'bfloat16'"),
     (dict(patch_size=3), {}, "8 x 8 do not divide into patches of 3"),
 ])
 def test_what_does_not_fit_is_refused(fields, shapes, message):

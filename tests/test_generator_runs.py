@@ -1,0 +1,175 @@
+"""Training a generator as a user does: what is refused, what is written, how it goes on, what its numbers mean."""
+
+import json
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from eqvae_jax import encode, evaluate, main, sample
+from eqvae_jax.run.generator import build
+from eqvae_jax.training.checkpoint import load_params
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def get_config(name="sit", variant="smoke"):
+    return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](variant)
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    """Two caches of photographs at 8 pixels, of two autoencoders."""
+    root = tmp_path_factory.mktemp("caches")
+    for name, autoencoder in (("one", "init:smoke"), ("other", "init:sd3-smoke")):
+        arguments = [f"--autoencoder={autoencoder}", "--images=photos", "--image_size=8", "--batch_size=3"]
+        assert encode.main([*arguments, f"--output={root / name}"]) == 0
+    return root
+
+
+def small(caches, name="sit", **changes):
+    config = get_config(name)
+    config.data.latents, config.training.preview_every = str(caches / "one"), 0
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def rows_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+class Shape:
+    """As much of a cache as `build` looks at."""
+
+    shape, manifest = (32, 32, 4), {"classes": 1000}
+
+
+@pytest.mark.parametrize("name, variant, parameters", [
+    ("dit", "S_8", 33_142_016), ("dit", "B_4", 130_426_496), ("dit", "L_2", 457_840_672), ("dit", "XL_2", 674_834_720),
+    ("sit", "XL_2", 675_111_184 - 256 * 1152), ("sit", "S_2", 32_957_200 - 256 * 384),
+])
+def test_variants_are_the_published_sizes_with_the_papers_recipe(name, variant, parameters):
+    from eqvae_jax.generators.process import make_process
+
+    config = get_config(name, variant)
+    process = make_process(**config.process)
+    model = build(config.model, Shape, process)
+    one = np.zeros(1, np.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 4), np.float32),
+                            one.astype(np.float32), one)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameters
+    assert model.reversed_time == (name == "sit") and model.scan and model.dtype == "bfloat16"
+    assert (config.data.batch_size, config.ema_decay, config.training.steps) == (256, 0.9999, 400_000)
+    assert (config.optimizer.learning_rate, config.optimizer.weight_decay, config.label_dropout) == (1e-4, 0.0, 0.1)
+
+
+@pytest.mark.parametrize("variant", ["XL_3", "M_2", "tiny"])
+def test_an_unknown_variant_is_named_with_the_known_ones(variant):
+    with pytest.raises(ValueError, match=rf"no variant '{variant}'; it has a size and a patch size, such as B_2"):
+        get_config("dit", variant)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"data.latents": ""}, "python -m eqvae_jax.encode"), ({"data.latents": "{caches}"}, "holds no cache of latents"),
+    ({"data.evaluation": "{caches}/other"}, "another autoencoder"), ({"data.scale": "none"}, "data.scale is 'none'"),
+    ({"data.scale": "autoencoder"}, "data.scale=measured"), ({"model.preset": "M/2"}, "no DiT named 'M/2'"),
+    ({"process.path": "cosine"}, "'cosine'"), ({"sampling.sampler": "ddim"}, "this generator's process has sde"),
+    ({"model.patch_size": 3}, "patches of 3"), ({"evaluation.features": "inception"}, "needs real images"),
+    ({"data.autoencoder": "init:sd3-smoke", "training.preview_every": 2}, "is another autoencoder"),
+    ({"data.autoencoder": "workdir:nowhere", "training.preview_every": 2}, "--config.training.preview_every=0"),
+    ({"model.dtype": "float16"}, "model.dtype"),
+])
+def test_what_cannot_work_is_refused_before_anything_is_written(caches, tmp_path, changes, message):
+    changes = {name: value.format(caches=caches) if isinstance(value, str) else value
+               for name, value in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        main.train(small(caches, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def finished(caches, tmp_path_factory):
+    """Six steps without a break, with everything that has state."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    assert main.train(long(caches, 6), workdir) == 0
+    return workdir
+
+
+def long(caches, steps, **changes):
+    return small(caches, **{"training.steps": steps, "training.accumulate": 2, "optimizer.clip_norm": 1.0,
+                            "data.batch_size": 8, "data.evaluation_batch_size": 8, "model.scan": True} | changes)
+
+
+def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(caches, finished, tmp_path):
+    workdir = tmp_path / "run"
+    assert main.train(long(caches, 4), workdir) == 0 and main.train(long(caches, 6), workdir) == 0
+    for which in ("params", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, *(load_params(run, which)[0] for run in (finished, workdir)))
+    losses = [[row["loss"] for row in rows_of(run) if row["split"] == "train"] for run in (finished, workdir)]
+    assert losses[0] == losses[1] and len(losses[0]) == 6 and all(np.isfinite(losses[0]))
+
+
+def test_eight_devices_learn_what_one_does(caches, finished, tmp_path):
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
+    arguments = [f"--config.{name}={value}" for name, value in {
+        "data.latents": caches / "one", "training.preview_every": 0, "training.steps": 6, "training.accumulate": 1,
+        "optimizer.clip_norm": 1.0, "data.batch_size": 8, "data.evaluation_batch_size": 8, "model.scan": True,
+        "mesh.fsdp": 2, "mesh.min_shard_size": 64}.items()]
+    ended = subprocess.run([sys.executable, "-m", "eqvae_jax.main", "--config=configs/sit.py:smoke",
+                            f"--workdir={tmp_path / 'run'}", *arguments], cwd=ROOT, capture_output=True, text=True,
+                           env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)})
+    assert ended.returncode == 0 and "Batch 8 = 8 devices" in ended.stdout, ended.stdout + ended.stderr
+    for one, eight in zip(rows_of(finished), rows_of(tmp_path / "run"), strict=True):
+        assert one["loss"] == pytest.approx(eight["loss"], rel=1e-4)
+
+
+def test_the_distance_while_training_is_that_of_the_set_that_sample_makes(caches, tmp_path):
+    classifier = runpy.run_path(str(ROOT / "configs" / "fashion_classifier.py"))["get_config"]("smoke")
+    classifier.data.image_size = 8
+    assert main.train(classifier, tmp_path / "cnn") == 0
+    config = small(caches, **{
+        "evaluation.features": f"workdir:{tmp_path / 'cnn'}", "evaluation.reference": "photos", "evaluation.samples": 5,
+        "training.preview_every": 2, "checkpoint.best_metric": "FID(fashion-cnn)_of_5", "checkpoint.keep_best": 1})
+    assert main.train(config, tmp_path / "run") == 0
+    logged = next(row for row in rows_of(tmp_path / "run") if row["split"] == "eval")["FID(fashion-cnn)_of_5"]
+    assert [path.name for path in (tmp_path / "run" / "previews").iterdir()] == ["samples_00000002.png"]
+
+    run = f"--generator=workdir:{tmp_path / 'run'}"
+    assert sample.main([run, "--count=5", "--batch_size=3", f"--output={tmp_path / 's.npz'}"]) == 0
+    assert evaluate.main(["generation", "--reference=photos", f"--generated={tmp_path / 's.npz'}", "--metrics", "fid",
+                          f"--features=workdir:{tmp_path / 'cnn'}", "--cache=", f"--output={tmp_path}"]) == 0
+    results = json.loads((tmp_path / "metrics.json").read_text())["results"]
+    assert next(iter(results.values()))["fid(fashion-cnn)"] == pytest.approx(logged, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["sit", "dit"])
+def test_every_config_field_is_read(caches, tmp_path, monkeypatch, name):
+    """A field that nothing reads would be a promise the program does not keep."""
+    config = small(caches, name, **{"training.preview_every": 2, "checkpoint.best_metric": "loss",
+                                    "checkpoint.keep_best": 1})
+    with config.unlocked():
+        config.data.ignored = 1.0
+    read, names = set(), {id(config): ""}
+    names |= {id(section): f"{key}." for key, section in config.items() if isinstance(section, ConfigDict)}
+    leaves = {prefix + key for prefix in names.values() for key in (config[prefix[:-1]] if prefix else config)}
+    original = ConfigDict.__getitem__
+
+    def recording(self, key):
+        read.add(names.get(id(self), "elsewhere.") + str(key))
+        return original(self, key)
+
+    for module in ("workdir", "checkpoint"):  # the config is also written out whole
+        monkeypatch.setattr(f"eqvae_jax.training.{module}.resolved",
+                            lambda config: {"optimizer": {"schedule": config.optimizer.schedule}})
+    monkeypatch.setattr(ConfigDict, "__getitem__", recording)
+    main.train(config, tmp_path)
+    monkeypatch.undo()
+    # Without evaluation.features nothing asks for the other four.
+    unused = {f"evaluation.{key}" for key in ("inception", "protocol", "reference", "samples")}
+    assert leaves - read == {"data.ignored", "stages", *unused}
