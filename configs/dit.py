@@ -22,7 +22,7 @@ def recipe():
 
 def quickstart():
     config = with_diffusion(sit["quickstart"]())
-    config.sampling.update(sampler="ddim", evaluations=50)
+    config.sampling.update(sampler="ddim", evaluations=30)
     return config
 
 

@@ -95,13 +95,13 @@ def recipe():
 def quickstart():
     """A small transformer on 7 x 7 latents of Fashion-MNIST (configs/eq_sdvae.py:fashion)."""
     config = recipe()
-    config.model.update(preset="S/1", depth=6, width=128, heads=4, dtype="float32", scan=False)
+    config.model.update(preset="S/1", depth=4, width=128, heads=2, dtype="float32", scan=False)
     config.data.update(scale="measured", batch_size=64, evaluation_batch_size=100, evaluation_limit=1000)
-    config.sampling.update(sampler="heun", evaluations=50, guidance=1.5, guidance_channels=0)
+    config.sampling.update(sampler="heun", evaluations=30, guidance=1.5, guidance_channels=0)
     config.optimizer.update(learning_rate=1e-3, schedule="cosine", warmup_steps=100, clip_norm=1.0)
     config.ema_decay = 0.998
     config.evaluation.update(preview=50, batch_size=50, samples=500)
-    config.training.update(steps=2500, log_every=100, eval_every=500, preview_every=500)
+    config.training.update(steps=2500, log_every=100, eval_every=1250, preview_every=1250)
     config.checkpoint.update(every=500, keep=1)
     return config
 

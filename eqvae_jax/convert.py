@@ -1,10 +1,11 @@
-"""Autoencoder weights from one format into another, checked by reading back what was written.
+"""Weights from one format into another, checked by reading back what was written.
 
     python -m eqvae_jax.convert --from=workdir:RUNS/eq --to=diffusers:OUT
     python -m eqvae_jax.convert --from=workdir:RUNS/eq --to=diffusers:OUT --latent-stats=folder:VAL --limit=2000
     python -m eqvae_jax.convert --from=ldm:sdxl_vae.safetensors --to=diffusers:OUT --scale=0.13025
     python -m eqvae_jax.convert --from=taming:last.ckpt --to=taming:vqgan.safetensors
     python -m eqvae_jax.convert --from=diffusers:stabilityai/sd-vae-ft-ema
+    python -m eqvae_jax.convert --from=workdir:RUNS/sit --to=sit:SiT.pt
 
 Without --to it only says what is there. A folder written as diffusers:OUT is loaded by
 diffusers.AutoencoderKL.from_pretrained("OUT"), or VQModel for a VQ-GAN. Diffusion models see (latent - shift) * scale:
@@ -14,9 +15,9 @@ diffusers.AutoencoderKL.from_pretrained("OUT"), or VQModel for a VQ-GAN. Diffusi
 import argparse
 import dataclasses
 import math
-import os
-import pathlib
 import sys
+
+from eqvae_jax.run.conversion import FEW_NAMES, aligned, check_target, left_out, parameter_table, show
 
 # JAX and all that imports it is imported where it is first needed: --help and a mistyped flag do not wait for it.
 
@@ -24,11 +25,13 @@ TARGETS = {
     "diffusers": "diffusers:DIR, config.json and safetensors",
     "ldm": "ldm:FILE.safetensors or ldm:FILE.ckpt, of latent-diffusion and Stable Diffusion",
     "taming": "taming:FILE.safetensors or taming:FILE.ckpt, of taming-transformers (VQ models)",
+    "dit": "dit:FILE.pt or dit:FILE.safetensors, of facebookresearch/DiT",
+    "sit": "sit:FILE.pt or sit:FILE.safetensors, of willisma/SiT",
 }
 PARTS = ("encoder", "decoder", "quant_conv", "post_quant_conv", "codebook")
 KEEPS_SCALE = ("diffusers",)  # the other formats leave scale and shift to the diffusion model's own config
 IMAGE_OPTIONS = ("image_size", "batch_size", "limit", "crops", "min_crop", "max_crop")
-FEW_NAMES, FEW_CHANNELS = 3, 32  # shown without --verbose
+FEW_CHANNELS = 32  # shown without --verbose
 
 
 def main(arguments=None):
@@ -51,11 +54,15 @@ def convert(options):
     """Describes, measures, writes and verifies, as the command line says; what can be refused early is."""
     from eqvae_jax import weights
     from eqvae_jax.evaluation import comparison
+    from eqvae_jax.run.generator_conversion import convert_generator, is_generator
+    from eqvae_jax.weights.references import AUTOENCODERS, GENERATORS
 
-    source = weights.parse_reference(options.source)
+    source = weights.parse_reference(options.source, AUTOENCODERS | GENERATORS)
     target = weights.parse_reference(options.target, TARGETS) if options.target else None
     if target:
         check_target(source, target, options.overwrite)
+    if is_generator(source, target):
+        return convert_generator(options, source, target)
     if options.latent_stats:
         chosen = {name: getattr(options, name) for name in IMAGE_OPTIONS if getattr(options, name) is not None}
         protocol = comparison.Protocol(images=options.latent_stats, **chosen)
@@ -67,43 +74,19 @@ def convert(options):
         check_form(target, model, spec, options.shift)
     if options.latent_stats:
         comparison.check({str(source): (model, params, spec)}, protocol, measures=())
-    _show(describe(model, spec), parameter_table(params, options.verbose), left_out(opened.left_out, options.verbose))
+    show(describe(model, spec), parameter_table(params, PARTS, options.verbose),
+         left_out(opened.left_out, options.verbose))
 
     given = {name: getattr(options, name) for name in ("scale", "shift") if getattr(options, name) is not None}
     if options.latent_stats:
         statistics, given = measure(model, params, spec, batches)
-        _show(statistics_table(statistics, protocol, broken, options.verbose))
+        show(statistics_table(statistics, protocol, broken, options.verbose))
     new = dataclasses.replace(spec, **given)
     if given:
-        _show([f"{name:<12}{getattr(spec, name):.6g} -> {value:.6g}" for name, value in given.items()])
+        show([f"{name:<12}{getattr(spec, name):.6g} -> {value:.6g}" for name, value in given.items()])
     if target:
         weights.save_autoencoder(str(target), model, params, new)
-        _show([f"wrote       {target}", *verify(target, model, new)])
-
-
-def check_target(source, target, overwrite):
-    """Refuses, before anything is read, a target that cannot or should not be written.
-
-    Raises ValueError: a suffix that is not written, the source itself, something that exists without `overwrite`, a
-    directory where a file should go or the reverse, no permission.
-    """
-    path, origin = pathlib.Path(target.rest).resolve(), pathlib.Path(source.rest).resolve()
-    folder = target.kind == "diffusers"
-    if not folder and path.suffix not in (".safetensors", ".ckpt"):
-        raise ValueError(f"{target}: a file's name ends in .safetensors or .ckpt, which says how it is written.")
-    inside = origin == path.parent if source.kind == "diffusers" else origin.is_file() and origin.parent == path
-    if source.kind != "init" and (path == origin or inside):
-        raise ValueError(f"{target} is where {source} is read from: write elsewhere.")
-    if path.exists() and path.is_dir() != folder:
-        raise ValueError(f"{target}: {path} is a {'directory' if path.is_dir() else 'file'}: write elsewhere.")
-    if folder and (index := path / "diffusion_pytorch_model.safetensors.index.json").exists():
-        raise ValueError(f"{target}: diffusers would go on loading the shards of its {index.name}: write elsewhere.")
-    if path.exists() and not overwrite and not (folder and not any(path.iterdir())):
-        raise ValueError(f"{target} {'is not empty' if folder else 'exists'}: --overwrite writes over it.")
-    place = path if folder else path.parent
-    place = next(parent for parent in (place, *place.parents) if parent.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        raise ValueError(f"{target}: {place} is no directory that this user may write to.")
+        show([f"wrote       {target}", *verify(target, model, new)])
 
 
 def check_form(target, model, spec, shift):
@@ -150,41 +133,6 @@ def describe(model, spec):
     return [*lines, *numbers, f"hash        {spec.hash}"]
 
 
-def parameter_table(params, verbose=False):
-    """Lines of a table with a row for each part of the autoencoder, or, verbose, for each of its tensors."""
-    import flax
-    import numpy as np
-
-    flat = {path: np.asarray(leaf) for path, leaf in flax.traverse_util.flatten_dict(params).items()}
-    leaves = {part: [leaf for path, leaf in flat.items() if path[0] == part] for part in PARTS if part in params}
-    leaves["total"] = list(flat.values())
-    header = ["part", "tensors", "parameters", "dtype", "MiB"]
-    lines = _aligned([header, *([part, *_totals(own)] for part, own in leaves.items())])
-    if verbose:
-        tensors = [
-            ["/".join(path), " x ".join(map(str, leaf.shape)), f"{leaf.mean():.3g}", f"{leaf.std():.3g}"]
-            for path, leaf in flat.items()
-        ]
-        lines += ["", *_aligned([["tensor", "shape", "mean", "std"], *tensors])]
-    return lines
-
-
-def _totals(leaves):
-    size = sum(leaf.size for leaf in leaves)
-    dtypes = "/".join(sorted({str(leaf.dtype) for leaf in leaves}))
-    return [f"{len(leaves):,}", f"{size:,}", dtypes, f"{sum(leaf.nbytes for leaf in leaves) / 2**20:.1f}"]
-
-
-def left_out(reasons, verbose=False):
-    """Lines that say what of the source was not read: reasons is a dict reason -> names of what it holds."""
-    lines = []
-    for reason, names in reasons.items():
-        few = names if verbose else names[:FEW_NAMES]
-        more = f" and {len(names) - len(few):,} more" if len(names) > len(few) else ""
-        lines += [f"left out    {reason} ({len(names):,}):", f"            {', '.join(few)}{more}"]
-    return lines or ["left out    nothing"]
-
-
 def measure(model, params, spec, batches):
     """(LatentStatistics, {"scale", "shift"}) on images; the shift stays 0 where the model has none."""
     from eqvae_jax.evaluation import latents, reconstruction
@@ -206,7 +154,7 @@ def statistics_table(statistics, protocol, broken, verbose=False):
     hidden = 0 if verbose else max(0, len(rows) - FEW_CHANNELS)
     rows = [*rows[: len(rows) - hidden], ["all", statistics.mean, statistics.std]]
     numbers = [[name, f"{mean:.4f}", f"{std:.4f}"] for name, mean, std in rows]
-    lines += _aligned([["channel", "mean", "std"], *numbers])
+    lines += aligned([["channel", "mean", "std"], *numbers])
     return [*lines, f"({hidden} more channels: --verbose)"] if hidden else lines
 
 
@@ -238,18 +186,6 @@ def verify(target, model, spec):
     return lines
 
 
-def _aligned(rows):
-    """Lines of a table: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return ["  ".join([row[0].ljust(widths[0]), *cells[1:]]) for row, cells in zip(rows, padded, strict=True)]
-
-
-def _show(*blocks):
-    for lines in blocks:
-        print("\n".join(lines), end="\n\n", flush=True)
-
-
 def _options(arguments):
     """The command line, with what contradicts itself refused as argparse refuses (exit code 2)."""
     parser = argparse.ArgumentParser(
@@ -258,9 +194,10 @@ def _options(arguments):
     )
     add = parser.add_argument
     add("--from", dest="source", required=True, metavar="REFERENCE",
-        help="diffusers:DIR_OR_HUB_ID, ldm:FILE, taming:FILE, workdir:DIR or init:PRESET")
+        help="diffusers:DIR_OR_HUB_ID, ldm:FILE, taming:FILE, init:PRESET, dit:FILE, sit:FILE or workdir:DIR")
     add("--to", dest="target", metavar="REFERENCE",
-        help="diffusers:DIR, ldm:FILE or taming:FILE (.safetensors or .ckpt); without it nothing is written")
+        help="diffusers:DIR, ldm:FILE or taming:FILE (.safetensors or .ckpt), of generators dit:FILE or sit:FILE "
+        "(.pt or .safetensors); without it nothing is written")
     add("--overwrite", action="store_true", help="write over files that exist")
     add("--scale", type=_finite, metavar="X", help="the latents' scale, where the source does not know it")
     add("--shift", type=_finite, metavar="X", help="the latents' shift, where the source does not know it")

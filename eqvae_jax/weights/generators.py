@@ -20,15 +20,10 @@ from eqvae_jax.weights import tables
 from eqvae_jax.weights.autoencoders import parameter_hash
 from eqvae_jax.weights.errors import WeightsError
 from eqvae_jax.weights.files import map_safetensors, write_tensors
-from eqvae_jax.weights.references import parse_reference
+from eqvae_jax.weights.references import GENERATORS, parse_reference
 from eqvae_jax.weights.torch_files import read_torch_file
 from eqvae_jax.weights.torch_writer import write_torch_file
 
-GENERATORS = {
-    "dit": "dit:FILE, a .pt or .safetensors in the layout of facebookresearch/DiT",
-    "sit": "sit:FILE, a .pt or .safetensors in the layout of willisma/SiT",
-    "workdir": "workdir:DIR of a training run of this project",
-}
 KINDS = ("dit", "sit")
 PARTS = ("ema", "model", "state_dict")                  # where training checkpoints keep weights, the best first
 WRAPPERS = re.compile(r"(module\.|_orig_mod\.)+")       # DistributedDataParallel's and torch.compile's

@@ -13,6 +13,11 @@ AUTOENCODERS = {
     "workdir": "workdir:DIR of a training run of this project",
     "init": "init:PRESET, random weights",
 }
+GENERATORS = {
+    "dit": "dit:FILE, a .pt or .safetensors in the layout of facebookresearch/DiT",
+    "sit": "sit:FILE, a .pt or .safetensors in the layout of willisma/SiT",
+    "workdir": "workdir:DIR of a training run of this project",
+}
 
 
 class Reference(NamedTuple):

@@ -1,0 +1,85 @@
+"""Generator weights from one format into another, for convert.py."""
+
+import pathlib
+
+from eqvae_jax.run.conversion import parameter_table, show
+
+FILES = ("dit", "sit")
+OF_AUTOENCODERS = ("scale", "shift", "latent_stats")
+
+
+def is_generator(source, target):
+    """Whether references are of a generator; a run says so in its config."""
+    if source.kind in FILES or (target and target.kind in FILES):
+        return True
+    if source.kind != "workdir":
+        return False
+    from eqvae_jax.training.workdir import saved_value
+
+    return saved_value(source.rest, "task") == "generator"
+
+
+def convert_generator(options, source, target):
+    """Describes, writes and verifies; raises ValueError for options and formats that generators do not have."""
+    from eqvae_jax import weights
+
+    if unused := [f"--{name}" for name in OF_AUTOENCODERS if getattr(options, name) is not None]:
+        raise ValueError(f"{', '.join(unused)}: autoencoders have it; a generator's latents are its run's.")
+    if target and target.kind not in FILES:
+        raise ValueError(f"{target}: {source} is a generator; write dit:FILE or sit:FILE.")
+    model, params, spec = weights.load_generator(str(source))
+    conditioning = ("patch", "time_in", "time_out", "labels")
+    blocks = tuple(name for name in params if name.startswith("block_"))
+    show(describe(model, spec), parameter_table(params, (*conditioning, *blocks, "final_modulation", "final"),
+                                                options.verbose))
+    if target:
+        pathlib.Path(target.rest).parent.mkdir(parents=True, exist_ok=True)
+        weights.save_generator(str(target), model, params, spec)
+        show([f"wrote       {target}", verify(target, model, params)])
+
+
+def describe(model, spec):
+    """Lines that say what a generator is and what it learnt."""
+    processes = {"dit": "Gaussian diffusion", "sit": "an interpolant"}
+    size = f"{model.input_size} x {model.input_size} x {model.in_channels}"
+    latents = spec.latents and (f"{spec.latents['reference']} (hash {spec.latents['hash']}), times "
+                                f"{spec.latents['scale']:.6g} after - {spec.latents['shift']:.6g}")
+    return [
+        f"reference   {spec.source}",
+        f"kind        {spec.kind}, {processes[spec.kind]} {spec.process or ''}".rstrip(),
+        f"network     {model.depth} blocks of {model.width}, {model.heads} heads, patches of {model.patch_size}",
+        f"latent      {size}; the network gives {model.out_channels} channels",
+        f"latents of  {latents or 'an autoencoder that the file does not name'}",
+        f"classes     {model.classes:,}",
+        f"hash        {spec.hash}",
+    ]
+
+
+def verify(target, model, params):
+    """Reads the target back; returns a line that says how far its network's output is from the original's.
+
+    Raises ValueError where it is more than rounding.
+    """
+    import jax
+    import numpy as np
+
+    from eqvae_jax import weights
+
+    advice = "Do not use it; write it again, and if that does not help, to another disk."
+    try:
+        back, read, _ = weights.load_generator(str(target))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{target} was written but cannot be read back: {error}\n{advice}") from error
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, model.input_size, model.input_size, model.in_channels)).astype(np.float32)
+    t, labels = np.array([0.1, 0.5, 0.9], np.float32), np.array([0, model.classes - 1, model.classes], np.int32)
+    with jax.default_matmul_precision("highest"):
+        ours = jax.jit(model.apply)({"params": params}, x, t, labels).prediction
+        theirs = jax.jit(back.apply)({"params": read}, x, t, labels).prediction
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    scale = np.abs(ours).max()
+    difference = np.abs(ours - theirs).max()
+    if ours.shape != theirs.shape or not difference <= 1e-4 * scale:
+        raise ValueError(f"{target} was written but its network says otherwise, by {difference:.3g} of {scale:.3g}.\n"
+                         f"{advice}")
+    return f"verified    read back; its outputs differ by at most {difference:.2g}, of {scale:.3g}"
