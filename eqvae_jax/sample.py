@@ -16,7 +16,7 @@ import sys
 
 # JAX and all that imports it is imported where it is first needed: --help and a mistyped flag do not wait for it.
 
-PICTURE = 64  # images, at most
+PICTURE, COLUMNS = 64, 16  # images, and classes side by side, at most
 PUBLISHED = {"dit": {"kind": "diffusion"}, "sit": {"kind": "interpolant"}}  # the process of a public file
 
 
@@ -106,16 +106,19 @@ def make(sampler, params, options, output, made_with, size):
             return
         labels = sampler.labels(options.classes, np.arange(options.count))
         write_npz(output, unfinished.batches(), options.count, labels=labels, made_with=made_with)
-        picture = draw(next(unfinished.batches(PICTURE)), output)
+        in_turn = sampler.model.classes if options.classes == "balanced" else None
+        picture = draw(next(unfinished.batches(PICTURE)), output, in_turn)
     unfinished.remove()
     print(f"wrote {output} and {picture}")
 
 
-def draw(images, output):
-    """Writes the grid of images beside `output` and returns its path."""
+def draw(images, output, classes=None):
+    """Writes the grid of images beside `output`, a column for each class if so many fit; returns its path."""
     from eqvae_jax.evaluation import figures
 
-    figures.save(figures.sample_grid(images), output.with_suffix(""))
+    columns = classes if classes and classes <= COLUMNS else None
+    shown = images[: len(images) // columns * columns] if columns and len(images) >= columns else images
+    figures.save(figures.sample_grid(shown, columns), output.with_suffix(""))
     return output.with_suffix(".png")
 
 
