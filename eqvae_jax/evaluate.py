@@ -54,6 +54,9 @@ def main(arguments=None):
     except (TooManyBroken, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was written, and features of finished parts are kept", file=sys.stderr)
+        return 130
     print(f"wrote {path}" + (f"; beside it, as PNG and PDF: {', '.join(drawn)}" if drawn else ""))
     for metric, reason in document.get("left_out", {}).items():
         print(f"{metric} was left out: {reason}", file=sys.stderr)

@@ -63,18 +63,15 @@ def inception_extractor(reference, protocol="adm"):
     return Extractor(INCEPTION, spec.hash, protocol, _spread(compute, params))
 
 
-def classifier_extractor(workdir):
-    """Extractor of a run of configs/fashion_classifier.py: what enters is uint8 / 127.5 - 1, at its own size.
+def load_classifier(workdir):
+    """(model, params, name) of a run of configs/fashion_classifier.py; what enters is uint8 / 127.5 - 1.
 
     Raises WeightsError where the directory holds no such run.
     """
-    from eqvae_jax.training.checkpoint import load_params  # needs Orbax, which is slow to import
+    from eqvae_jax.training.checkpoint import load_averaged  # needs Orbax, which is slow to import
 
     try:
-        try:
-            saved, config, _ = load_params(workdir, "ema")
-        except ValueError:  # this run keeps no average of its weights
-            saved, config, _ = load_params(workdir, "params")
+        saved, config, _ = load_averaged(workdir)
         if config.get("task") != "classifier" or "classifier" not in saved:
             raise WeightsError("its run trained no classifier (configs/fashion_classifier.py does)")
         if config["name"] == INCEPTION or not config["name"]:
@@ -84,13 +81,19 @@ def classifier_extractor(workdir):
         check_parameters("its parameters", params, jax.eval_shape(model.init, jax.random.key(0), image)["params"])
     except (ValueError, FileNotFoundError) as error:
         raise WeightsError(f"workdir:{workdir}: {error}") from error
+    return model, params, config["name"]
+
+
+def classifier_extractor(workdir):
+    """Extractor of a run of configs/fashion_classifier.py, at the images' own size; errors as of `load_classifier`."""
+    model, params, name = load_classifier(workdir)
 
     @jax.jit
     def compute(params, images):
-        features, logits = model.apply({"params": params}, to_float(images))
-        return {"pool": features, "logits": logits}
+        found = model.apply({"params": params}, to_float(images))
+        return {"pool": found.features, "logits": found.logits}
 
-    return Extractor(config["name"], parameter_hash(params), "x / 127.5 - 1", _spread(compute, params))
+    return Extractor(name, parameter_hash(params), "x / 127.5 - 1", _spread(compute, params))
 
 
 def _spread(compute, params):

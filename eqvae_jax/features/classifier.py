@@ -11,10 +11,13 @@ import jax.numpy as jnp
 
 
 class Classified(NamedTuple):
-    """features: (B, D), the last hidden layer, never negative. logits: (B, classes)."""
+    """features: (B, D), the last hidden layer, never negative. logits: (B, classes). map: (B, H/4, W/4, 4 channels),
+    what the last convolution sees at each place, before it is averaged.
+    """
 
     features: jax.Array
     logits: jax.Array
+    map: jax.Array
 
 
 class Classifier(nn.Module):
@@ -35,6 +38,6 @@ class Classifier(nn.Module):
             for j in range(1 + (level > 0)):  # one at full resolution, where convolutions cost most
                 name, width = f"conv{level}_{j}", self.channels * 2**level
                 x = nn.relu(nn.Conv(width, (3, 3), kernel_init=he, name=name)(x))
-            x = nn.max_pool(x, (2, 2), (2, 2)) if level < 2 else jnp.mean(x, axis=(1, 2))  # B H/2 W/2 C, then B C
-        features = nn.relu(nn.Dense(self.feature_size, kernel_init=he, name="hidden")(x))
-        return Classified(features, nn.Dense(self.classes, name="out")(features))
+            x = nn.max_pool(x, (2, 2), (2, 2)) if level < 2 else x                                     # (B,H/4,W/4,C)
+        features = nn.relu(nn.Dense(self.feature_size, kernel_init=he, name="hidden")(jnp.mean(x, axis=(1, 2))))
+        return Classified(features, nn.Dense(self.classes, name="out")(features), x)

@@ -150,13 +150,15 @@ class Checkpoints:
 
     def __exit__(self, _, error, __):
         """Waits for saves under way; one that fails is raised, unless another error is on its way already."""
+        failure = error
         try:
             self.wait()
-        except SaveError:
-            if error is None:
-                raise
-        finally:
-            self._manager.close()
+        except SaveError as failed:
+            failure = failure or failed
+        with contextlib.suppress(Exception) if failure else contextlib.nullcontext():
+            self._manager.close()  # which says once more that the save failed
+        if failure is not error:
+            raise failure
 
     @contextlib.contextmanager
     def _failures_explained(self):
@@ -175,12 +177,26 @@ def _first_line(error):
     return (str(error).strip().splitlines() or ["no message"])[0][:300]
 
 
+class NotHeld(ValueError):
+    """A checkpoint without what was asked for; one that is damaged raises another error."""
+
+
+def load_averaged(workdir):
+    """`load_params` of the average of the weights, or of the weights of a run that keeps none; and which it is."""
+    for which in ("ema", "params"):
+        try:
+            return *load_params(workdir, which)[:2], which
+        except NotHeld:
+            continue
+    raise NotHeld(f"the newest checkpoint of {workdir} holds no parameters")
+
+
 def load_params(workdir, which="ema", step=None):
     """Returns (parameters as a tree of numpy arrays, config as a dict, step) of a finished or running run.
 
     which: "ema", "params" or "buffers"; step: None is the newest complete one. Reads only that part of the
     state and needs neither a mesh nor the code that wrote it. Raises FileNotFoundError where there is no such
-    checkpoint, ValueError where it holds no average of the weights, or no buffers.
+    checkpoint, NotHeld where it holds no average of the weights, or no buffers.
     """
     if which not in ("ema", "params", "buffers"):
         raise ValueError(f"which is {which!r}; it must be 'buffers', 'ema' or 'params'")
@@ -195,7 +211,7 @@ def load_params(workdir, which="ema", step=None):
     saved = reader.metadata(directory / "state").tree
     if not jax.tree.leaves(saved[which]):
         held = {"ema": "average of the weights (ema); ask for 'params'"}.get(which, which)
-        raise ValueError(f"the checkpoint {directory} holds no {held}")
+        raise NotHeld(f"the checkpoint {directory} holds no {held}")
     item = {which: saved[which]}
     numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
     tree = reader.restore(directory / "state", args=ocp.args.PyTreeRestore(

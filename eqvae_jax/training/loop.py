@@ -92,25 +92,37 @@ def train(task, data, config, workdir, mesh):
                 progress.report(done, means)
                 checkpoints.check()
             with interval.paused():
-                if _due(settings.eval_every, done, last) and not stopping:
-                    evaluated = _evaluated(task, state, data, mesh, stop)
-                    if evaluated:
-                        writer.scalars(done, evaluated, split="eval")
-                        progress.report(done, evaluated, split="eval")
-                if _due(settings.preview_every, done, last) and not stopping:
-                    images = task.preview(state, put(mesh, example))
-                    writer.images(done, {name: to_host(array) for name, array in images.items()})
+                due, ranking = _due(config.checkpoint.every, done, last), config.checkpoint.best_metric
+                early = (due or last or stopping) and not ranking
+                if early:  # before what may fail, which should cost none of the steps so far
+                    _save(checkpoints, state, done, settings)
+                try:
+                    if _due(settings.eval_every, done, last) and not stopping:
+                        evaluated = _evaluated(task, state, data, mesh, stop)
+                        if evaluated:
+                            writer.scalars(done, evaluated, split="eval")
+                            progress.report(done, evaluated, split="eval")
+                    if _due(settings.preview_every, done, last) and not stopping:
+                        images = task.preview(state, put(mesh, example))
+                        writer.images(done, {name: to_host(array) for name, array in images.items()})
+                except Exception:
+                    if not early:
+                        _save(checkpoints, state, done, settings)
+                    raise
                 stopping = stopping or stop.pending()  # a signal may have come while evaluating
                 # With a ranking every evaluated state is saved, or the best might never be on disk.
-                ranked = evaluated and config.checkpoint.best_metric
-                if _due(config.checkpoint.every, done, last) or last or stopping or ranked:
-                    check_health(state, done, settings.max_skipped, checkpoints)
-                    checkpoints.save(done, state, evaluated)
+                if not early and (due or last or stopping or (evaluated and ranking)):
+                    _save(checkpoints, state, done, settings, evaluated)
             if stopping:
                 break
         checkpoints.wait()
         progress.say(_farewell(stop, checkpoints, settings.steps) + f"; {ledger}")
     return state
+
+
+def _save(checkpoints, state, step, settings, evaluated=None):
+    check_health(state, step, settings.max_skipped, checkpoints)
+    checkpoints.save(step, state, evaluated)
 
 
 def _shapes(task, config):

@@ -103,14 +103,11 @@ def load_taming(rest, seed):
 
 
 def load_workdir(rest, seed):
-    from eqvae_jax.training.checkpoint import load_params  # needs Orbax, which is slow to import
+    from eqvae_jax.training.checkpoint import load_averaged  # needs Orbax, which is slow to import
 
     try:
-        try:
-            (saved, config, _), item = load_params(rest, "ema"), "ema"
-        except ValueError:                                   # this run keeps no average of its weights
-            (saved, config, _), item = load_params(rest, "params"), "params"
-    except FileNotFoundError as error:
+        saved, config, item = load_averaged(rest)
+    except (FileNotFoundError, ValueError) as error:
         raise WeightsError(f"workdir:{rest}: {error}") from error
     section, params = config.get("autoencoder"), saved.get("autoencoder")
     if not section or not params:

@@ -4,6 +4,7 @@ is the process that tests kill, signal, or give eight devices.
 
 import json
 import os
+import pathlib
 import signal
 import sys
 import threading
@@ -132,13 +133,18 @@ def killed_while_saving(workdir):
     return stream
 
 
-def signalled(start):
-    """Batches that wait, before the fifth, until this process has received SIGTERM."""
-    handler = signal.getsignal(signal.SIGTERM)
-    for step, batch in enumerate(batches(start), start):
-        while step == 4 and signal.getsignal(signal.SIGTERM) == handler:
-            time.sleep(0.01)
-        yield batch
+def signalled(workdir):
+    """Batches that wait, before the fifth, until this process has received SIGTERM; a file says that they do."""
+    def stream(start):
+        handler = signal.getsignal(signal.SIGTERM)
+        for step, batch in enumerate(batches(start), start):
+            if step == 4:
+                pathlib.Path(workdir, "waiting").touch()
+            while step == 4 and signal.getsignal(signal.SIGTERM) == handler:
+                time.sleep(0.01)
+            yield batch
+
+    return stream
 
 
 def main(mode, workdir):
@@ -146,7 +152,7 @@ def main(mode, workdir):
     if mode == "killed":
         run(workdir, every_4, killed_while_saving(workdir))
     elif mode == "signalled":
-        state = run(workdir, every_4, signalled)
+        state = run(workdir, every_4, signalled(workdir))
         print("returned at step", int(state.step))
     elif mode == "eight_devices":
         # One run on 2 x 4 devices, one that starts on 1 device, goes on over 8, and ends on 1.
