@@ -1,12 +1,13 @@
-"""Images into a cache of latents: sharded posterior means and standard deviations, on which generators train.
+"""Images into a cache of latents: sharded posteriors, or tokens of a VQ autoencoder, on which generators train.
 
     python -m eqvae_jax.encode --images=folder:TRAIN --autoencoder=diffusers:OUT --output=LATENTS
     python -m eqvae_jax.encode --images=photos --autoencoder=init:smoke --image_size=32 --output=LATENTS
 
-Of each image: the posterior's mean and standard deviation, unscaled, of the image and of its mirror image; its label;
-its number in the source. manifest.json has their statistics, the autoencoder's hash, scale and shift, and each shard's
-checksum. Stopped or killed, the same command goes on with the first shard that is missing, and the files end up as if
-it had never stopped. With several hosts (jax.distributed) each writes its own shards to one shared folder.
+Of each image: the posterior's mean and standard deviation, unscaled, or the codes, of the image and of its mirror
+image; its label; its number in the source; with --keep_images the cropped image. manifest.json has their statistics,
+the autoencoder's hash, scale and shift, and each shard's checksum. Stopped or killed, the same command goes on with the
+first shard that is missing, and the files end up as if it had never stopped. With several hosts (jax.distributed) each
+writes its own shards to one shared folder.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from eqvae_jax.backend import use_compilation_cache
 from eqvae_jax.data import latent_cache, latent_records
 from eqvae_jax.data.images import TooManyBroken
 from eqvae_jax.data.sources import open_source
-from eqvae_jax.run.encoding import meet, moments_and_mirrored, write_shards
+from eqvae_jax.run.encoding import latent_and_mirrored, meet, write_shards
 from eqvae_jax.training.sharding import make_mesh
 
 PRECISIONS = ("highest", "high", "default")
@@ -61,9 +62,7 @@ def encode(options):
                          "host: take a multiple.")
     source = open_source(options.images)
     model, params, spec = weights.load_autoencoder(options.autoencoder)
-    if hasattr(model, "codebook_size"):
-        raise ValueError(f"{spec.reference} is a {spec.kind} model, whose latents are discrete codes: a cache of means "
-                         "and standard deviations is of kl models.")
+    options.dtype = stored_dtype(options.dtype, model, spec)
     side, factor = options.image_size, model.downsampling
     if side < factor or side % factor:
         nearest = " or ".join(str(multiple) for multiple in (side // factor * factor, (side // factor + 1) * factor)
@@ -79,15 +78,15 @@ def encode(options):
         print(f"{options.output} is complete already; use it as latents:{options.output}")
         return cache.published()
     placed = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-    encoder = functools.partial(moments_and_mirrored, model, placed)
+    encoder = functools.partial(latent_and_mirrored, model, placed)
     try:
         with jax.default_matmul_precision(options.precision):
             write_shards(cache, cuts, source, encoder, mesh, options)
+        manifest = _finish(cache, source, options)
     except Exception as error:
         if jax.process_count() > 1:
             cache.fail(jax.process_index(), str(error))
         raise
-    manifest = _finish(cache, source, options)
     if jax.process_index() == 0:
         print("\n".join(describe(manifest, options.output)))
     return manifest
@@ -96,17 +95,33 @@ def encode(options):
 def describe(manifest, output):
     """Lines that say what a cache holds, from its manifest."""
     statistics, autoencoder = manifest["statistics"], manifest["autoencoder"]
-    scaled = statistics["overall_std"] * autoencoder["scale"]
+    if "perplexity" in statistics:
+        numbers = (f"{statistics['codes_used']:,} of {autoencoder['codes']:,} codes are used; perplexity "
+                   f"{statistics['perplexity']:,.1f}")
+    else:
+        numbers = (f"mean {statistics['overall_mean']:.4f}, std {statistics['overall_std']:.4f}; times the scale "
+                   f"{autoencoder['scale']:g}: {statistics['overall_std'] * autoencoder['scale']:.4f}")
     broken = manifest["broken"]["count"]
     size = sum(entry["bytes"] for entry in manifest["shards"]) / 2**20
     return [
         f"{manifest['count']:,} latents of shape {' x '.join(map(str, manifest['shape']))}, and of the mirror images, "
         f"in {len(manifest['shards'])} shards, {size:,.1f} MiB",
-        f"mean {statistics['overall_mean']:.4f}, std {statistics['overall_std']:.4f}; times the autoencoder's scale "
-        f"{autoencoder['scale']:g}: {scaled:.4f}",
+        numbers,
         *([f"{broken} broken images are left out; manifest.json names them"] if broken else []),
         f"use them as latents:{output}",
     ]
+
+
+def stored_dtype(wanted, model, spec):
+    """The dtype of a cache: uint16 for codes, which have no other; raises ValueError where they do not fit."""
+    if model.kind != "vq":
+        return wanted or "float32"
+    if wanted:
+        raise ValueError(f"--dtype={wanted}: the latents of {spec.reference} are codes, stored as "
+                         f"{latent_records.TOKENS}.")
+    if model.codebook_size > 2**16:
+        raise ValueError(f"{spec.reference} has {model.codebook_size:,} codes; {latent_records.TOKENS} holds 65,536.")
+    return latent_records.TOKENS
 
 
 def _plan(options, source, model, spec, count, shape):
@@ -115,9 +130,10 @@ def _plan(options, source, model, spec, count, shape):
         "format": latent_cache.FORMAT, "version": latent_cache.VERSION,
         "shape": list(shape), "dtype": options.dtype,
         "autoencoder": {"reference": spec.reference, "kind": spec.kind, "hash": spec.hash, "scale": float(spec.scale),
-                        "shift": float(spec.shift), "downsampling": model.downsampling},
+                        "shift": float(spec.shift), "downsampling": model.downsampling}
+                       | ({"codes": model.codebook_size} if model.kind == "vq" else {}),
         "preprocessing": {"image_size": options.image_size, "crop": options.crop, "mirror": True,
-                          "precision": options.precision},
+                          "precision": options.precision} | ({"images": True} if options.keep_images else {}),
         "source": {"images": options.images, "description": repr(source), "records": len(source), "used": count},
         "shard_size": options.shard_size,
     }
@@ -125,7 +141,8 @@ def _plan(options, source, model, spec, count, shape):
 
 def _latent_shape(model, params, side):
     image = jnp.zeros((1, side, side, 3), jnp.uint8)
-    return jax.eval_shape(functools.partial(moments_and_mirrored, model), params, image).shape[3:]
+    stored = jax.eval_shape(functools.partial(latent_and_mirrored, model), params, image).shape
+    return stored[2:] if model.kind == "vq" else stored[3:]
 
 
 def _begin(cache):
@@ -155,14 +172,14 @@ def _finish(cache, source, options):
     if jax.process_index() == 0:
         entries = cache.entries()
         broken = [example for entry in entries for example in entry["broken"]]
-        if not (moments := [entry["moments"] for entry in entries if entry["moments"]]):
+        if not (statistics := [entry["statistics"] for entry in entries if entry["statistics"]]):
             raise TooManyBroken(f"{source!r}: no readable image was found.")
         names = getattr(source, "class_names", None)
         versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy", "pillow")}
         cache.publish({
             "count": sum(entry["count"] for entry in entries),
             "classes": max([len(names or ()), *(entry["classes"] for entry in entries)]), "class_names": names,
-            "statistics": latent_cache.summary(latent_cache.combine(moments)),
+            "statistics": latent_cache.summary(latent_cache.combine(statistics)),
             "broken": {"count": len(broken), "examples": broken}, "versions": versions,
         })
     while not (manifest := cache.published()):
@@ -176,7 +193,7 @@ def _parser():
     parser = argparse.ArgumentParser(prog="python -m eqvae_jax.encode", description=__doc__, **layout)
     add = parser.add_argument
     add("--autoencoder", required=True, metavar="REFERENCE",
-        help="diffusers:DIR_OR_HUB_ID, ldm:FILE, workdir:DIR or init:PRESET")
+        help="diffusers:DIR_OR_HUB_ID, ldm:FILE, taming:FILE, workdir:DIR or init:PRESET")
     add("--images", required=True, metavar="REFERENCE",
         help="photos[:train|:test|:all], folder:DIR, arrayrecord:GLOB, tfds:NAME[:SPLIT] or idx:DIR[:test]")
     add("--output", required=True, metavar="DIR", help="folder of the shards and of manifest.json")
@@ -187,12 +204,15 @@ def _parser():
         help="images at a time on each host; it may change when a cache is continued (%(default)s)")
     add("--limit", type=int, metavar="N", help="this many images, spread evenly over the set (all)")
     add("--shard_size", type=int, default=4096, metavar="N", help="images in a shard (%(default)s)")
-    add("--dtype", choices=tuple(latent_records.DTYPES), default="float32",
-        help="of the stored numbers; float16 halves the cache (%(default)s)")
+    add("--dtype", choices=tuple(latent_records.DTYPES),
+        help="of the stored numbers; float16 halves the cache (float32; codes are uint16)")
+    add("--keep_images", action="store_true",
+        help="store the cropped images too, as PNG: configs/repa.py looks at them beside the latents")
     add("--precision", choices=PRECISIONS, default="highest",
         help="of the network's products; default is the accelerator's own, TF32 or bfloat16, and faster (%(default)s)")
     add("--broken_limit", type=float, default=0.01, metavar="SHARE",
-        help="largest share of images that may be broken; they are left out (%(default)s)")
+        help="largest share of images that may be broken, and always one unless it is 0; they are left out "
+             "(%(default)s)")
     return parser
 
 

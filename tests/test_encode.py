@@ -123,6 +123,27 @@ def test_latents_are_what_the_autoencoder_gives_of_the_image_and_of_its_mirror_i
     assert latents.space == (spec.scale, spec.shift, spec.hash, "init:smoke")
 
 
+def test_codes_and_kept_images_are_those_of_the_image_and_of_its_mirror_image(folder, tmp_path, capsys):
+    output = tmp_path / "tokens"
+    assert encode.main([*arguments(folder, output, autoencoder="init:vqgan-smoke"), "--keep_images"]) == 0
+    model, params, _ = weights.load_autoencoder("init:vqgan-smoke")
+    source, latents = open_source(f"folder:{folder}"), open_latents(output, verify=True)
+    assert len(latents) == COUNT and latents.shape == (8, 8) and latents.dtype == "uint16"
+    codes = []
+    for i in range(COUNT):
+        found, image = latents[i], center_crop(source[i]["image"], SIDE)
+        np.testing.assert_array_equal(found["image"], image)
+        for prefix, pixels in ("", image), ("mirror_", image[:, ::-1]):
+            z = model.apply({"params": params}, pixels[None].astype(np.float32) / 127.5 - 1, method="encode").z
+            np.testing.assert_array_equal(found[f"{prefix}tokens"],
+                                          model.apply({"params": params}, z, method="quantize").indices[0])
+            codes.append(found[f"{prefix}tokens"])
+    used = len(np.unique(codes))
+    assert used > 1 and latents.manifest["statistics"]["codes_used"] == used
+    assert latents.manifest["autoencoder"]["codes"] == 16 and latents.manifest["preprocessing"]["images"] is True
+    assert f"{used} of 16 codes are used" in capsys.readouterr().out
+
+
 def test_the_manifest_says_what_there_is(folder, cache):
     manifest, latents = json.loads((cache / "manifest.json").read_text()), open_latents(cache)
     mean, std = (np.array([[latents[i][f"{prefix}{kind}"] for prefix in ("", "mirror_")] for i in range(COUNT)],

@@ -42,7 +42,7 @@ def test_latents_that_are_not_finite_and_negative_labels_are_refused(tmp_path, c
 
 
 @pytest.mark.parametrize("change, says", [
-    ({"autoencoder": "init:vqgan-smoke"}, "init:vqgan-smoke is a vq model, whose latents are discrete codes"),
+    ({"autoencoder": "init:vqgan-smoke", "dtype": "float16"}, "init:vqgan-smoke are codes, stored as uint16"),
     ({"image_size": 15}, "downsamples by 2 and --image_size=15 is no multiple of it: take 14 or 16"),
     ({"image_size": 1}, "take 2."),
     ({"batch_size": 0}, "--batch_size=0 must be at least 1"), ({"limit": 0}, "--limit=0 must be at least 1"),

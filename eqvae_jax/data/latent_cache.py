@@ -9,6 +9,7 @@ With the manifest, encoding.json and the shards' own .json go. Nothing written d
 was killed.
 """
 
+import collections
 import hashlib
 import json
 import os
@@ -141,14 +142,20 @@ class Cache:
                              "name another --output, or delete that folder")
 
 
-def combine(moments: list[dict]) -> dict:
-    """Statistics of parts as those of the whole, each {"values", "mean", "variance", "noise"}.
+def combine(parts: list[dict]) -> dict:
+    """Statistics of parts as those of the whole.
 
-    values: how many vectors (C,). mean, variance: (C,), of the posteriors' means, the population's. noise: (C,), the
-    mean of std^2. The variance of posterior samples is variance + noise, by the law of total variance.
+    Of posteriors {"values", "mean", "variance", "noise"}. values: how many vectors (C,). mean, variance: (C,), of the
+    posteriors' means, the population's. noise: (C,), the mean of std^2. The variance of posterior samples is variance +
+    noise, by the law of total variance. Of tokens {"codes"}: how often each code, as text, is there.
     """
-    counts = np.array([part["values"] for part in moments], np.float64)
-    means, variances, noises = (np.array([part[key] for part in moments], np.float64)            # (P,C)
+    if "codes" in parts[0]:
+        found = collections.Counter()
+        for part in parts:
+            found.update(part["codes"])
+        return {"codes": dict(sorted(found.items(), key=lambda item: int(item[0])))}
+    counts = np.array([part["values"] for part in parts], np.float64)
+    means, variances, noises = (np.array([part[key] for part in parts], np.float64)              # (P,C)
                                 for key in ("mean", "variance", "noise"))
     shares = counts / counts.sum()
     mean = shares @ means
@@ -156,16 +163,26 @@ def combine(moments: list[dict]) -> dict:
             "variance": (shares @ (variances + np.square(means - mean))).tolist(), "noise": (shares @ noises).tolist()}
 
 
-def moments_of(mean: np.ndarray, std: np.ndarray) -> dict:
-    """Statistics, as of `combine`, of posteriors: means and standard deviations, each (..., C)."""
-    mean, std = (np.asarray(array, np.float64).reshape(-1, np.shape(array)[-1]) for array in (mean, std))
+def statistics_of(stored: np.ndarray) -> dict:
+    """Statistics, as of `combine`, of latents as they are stored: (B,2,2,h,w,C) of posteriors, (B,2,h,w) of tokens."""
+    if stored.ndim == 4:
+        codes, counts = np.unique(stored, return_counts=True)
+        return {"codes": {str(code): int(count) for code, count in zip(codes, counts, strict=True)}}
+    mean, std = (part.astype(np.float64).reshape(-1, stored.shape[-1]) for part in (stored[:, :, 0], stored[:, :, 1]))
     return {"values": len(mean), "mean": mean.mean(0).tolist(), "variance": mean.var(0).tolist(),
             "noise": np.square(std).mean(0).tolist()}
 
 
-def summary(moments: dict) -> dict:
-    """{"mean", "std"} per channel and {"overall_mean", "overall_std"} of posterior samples."""
-    mean, variance = np.array(moments["mean"]), np.array(moments["variance"]) + np.array(moments["noise"])
+def summary(statistics: dict) -> dict:
+    """What the manifest says of a set.
+
+    Of posterior samples {"mean", "std"} per channel and {"overall_mean", "overall_std"}; of tokens {"codes_used",
+    "perplexity"}, exp of the entropy of their frequencies.
+    """
+    if "codes" in statistics:
+        share = np.array(list(statistics["codes"].values())) / sum(statistics["codes"].values())
+        return {"codes_used": len(share), "perplexity": float(np.exp(-np.sum(share * np.log(share))))}
+    mean, variance = np.array(statistics["mean"]), np.array(statistics["variance"]) + np.array(statistics["noise"])
     # Every channel has as many values as any other, so the whole is their equal mixture.
     return {"mean": mean.tolist(), "std": np.sqrt(variance).tolist(), "overall_mean": float(mean.mean()),
             "overall_std": float(np.sqrt(variance.mean() + mean.var()))}

@@ -1,6 +1,7 @@
 """A cache of latents, written by python -m eqvae_jax.encode: reading it, and batches for training and evaluation.
 
-What a cache holds is unscaled; LatentSpace is the one place where an autoencoder's scale and shift are applied.
+It holds posteriors of a KL autoencoder, or tokens, the codes of a VQ autoencoder; and the images too, where they were
+kept. What it holds is unscaled; LatentSpace is the one place where an autoencoder's scale and shift are applied.
 """
 
 import concurrent.futures
@@ -59,13 +60,19 @@ class LatentSpace(NamedTuple):
 
 
 class Latents:
-    """An open cache; `manifest` is the dict of manifest.json, `shape` (h, w, C), `space` its LatentSpace."""
+    """An open cache; `manifest` is the dict of manifest.json, `shape` (h, w, C), `space` its LatentSpace.
+
+    is_tokens: it holds tokens; shape is then (h, w). image_shape: (H, W, 3) of the kept images, or None.
+    """
 
     def __init__(self, directory: pathlib.Path, manifest: dict):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         self.directory, self.manifest = directory, manifest
-        self.shape = tuple(manifest["shape"])
+        self.shape, self.dtype = tuple(manifest["shape"]), manifest["dtype"]
+        self.is_tokens = self.dtype == latent_records.TOKENS
+        side = manifest["preprocessing"]["image_size"]
+        self.image_shape = (side, side, 3) if manifest["preprocessing"].get("images") else None
         self.space = LatentSpace(*(manifest["autoencoder"][name] for name in LatentSpace._fields))
         counts = [entry["count"] for entry in manifest["shards"]]
         self._ends = np.cumsum(counts)
@@ -78,48 +85,67 @@ class Latents:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all moments as they are stored."""
-        return len(self) * 4 * math.prod(self.shape) * np.dtype(latent_records.DTYPES[self.manifest["dtype"]]).itemsize
+        """Bytes of all latents as they are stored."""
+        numbers = math.prod(latent_records.stored_shape(self.shape, self.dtype))
+        return len(self) * numbers * np.dtype(self.dtype).itemsize
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of all kept images, decoded."""
+        return len(self) * math.prod(self.image_shape or (0,))
 
     def __getitem__(self, i: int) -> dict:
-        """{"mean", "std", "mirror_mean", "mirror_std"}: float32 (h,w,C); "label"; "index", the image's in the source.
+        """{"mean", "std", "mirror_mean", "mirror_std"}: float32 (h,w,C), or {"tokens", "mirror_tokens"}: uint16 (h,w);
+        "label"; "index", the image's in the source; "image", uint8 (H,W,3), where images were kept.
 
         Raises:
           ValueError: the record is damaged, which names its shard.
         """
-        index, label, moments = self.read(i)
-        (mean, std), (mirror_mean, mirror_std) = moments.astype(np.float32)
-        return {"mean": mean, "std": std, "mirror_mean": mirror_mean, "mirror_std": mirror_std, "label": label,
-                "index": index}
+        record = self.read(i)
+        whole, mirror = record.latent
+        if self.is_tokens:
+            latent = {"tokens": whole, "mirror_tokens": mirror}
+        else:
+            (mean, std), (mirror_mean, mirror_std) = whole.astype(np.float32), mirror.astype(np.float32)
+            latent = {"mean": mean, "std": std, "mirror_mean": mirror_mean, "mirror_std": mirror_std}
+        image = {"image": record.pixels()} if self.image_shape else {}
+        return latent | image | {"label": record.label, "index": record.index}
 
-    def read(self, i: int) -> tuple[int, int, np.ndarray]:
-        """(index, label, moments (2,2,h,w,C) as stored) of one latent, its checksum compared; errors as of [i]."""
+    def read(self, i: int) -> latent_records.Record:
+        """One latent as it is stored, its checksum compared; errors as of [i]."""
         i = int(i)
         if not 0 <= i < len(self):
             raise IndexError(f"latent {i} of {len(self)} in {self.directory}")
         try:
-            return latent_records.unpack(self._records[i], self.shape, self.manifest["dtype"])
+            return latent_records.unpack(self._records[i], self.shape, self.dtype)
         except Exception as error:  # the native reader has one exception type for everything
             shard = int(np.searchsorted(self._ends, i, side="right"))
             path = self.directory / self.manifest["shards"][shard]["file"]
             raise ValueError(f"{path}: latent {i} cannot be read ({error}): {_REPAIR}") from error
 
-    def read_many(self, rows) -> list[tuple[int, int, np.ndarray]]:
+    def read_many(self, rows) -> list[latent_records.Record]:
         """What `read` gives, of many latents at once: two to four times faster each."""
         rows = [int(row) for row in rows]
         try:
             found = self._records.__getitems__(rows)
-            return [latent_records.unpack(record, self.shape, self.manifest["dtype"]) for record in found]
+            return [latent_records.unpack(record, self.shape, self.dtype) for record in found]
         except Exception:  # one by one, the error says which
             return [self.read(row) for row in rows]
 
-    def take(self, rows: np.ndarray, mirrored: np.ndarray) -> dict:
-        """{"mean", "std": float32 (B,h,w,C), "label": int32 (B,)} of latents; mirrored: bool (B,), which of the two."""
-        mean, std = (np.empty((len(rows), *self.shape), np.float32) for _ in range(2))
+    def take(self, rows: np.ndarray, mirrored: np.ndarray, images: bool = False) -> dict:
+        """{"mean", "std": float32 (B,h,w,C), "label": int32 (B,)} of latents; mirrored: bool (B,), which of the two.
+
+        Of tokens {"tokens": int32 (B,h,w), "label"}. images: with "image", uint8 (B,H,W,3).
+        """
+        shape = latent_records.stored_shape(self.shape, self.dtype)[1:]
+        latent = np.empty((len(rows), *shape), np.int32 if self.is_tokens else np.float32)
         label = np.empty(len(rows), np.int32)
-        for b, (_, label[b], moments) in enumerate(self.read_many(rows)):
-            mean[b], std[b] = moments[int(mirrored[b])]
-        return {"mean": mean, "std": std, "label": label}
+        image = np.empty((len(rows), *self.image_shape), np.uint8) if images else None
+        for b, record in enumerate(self.read_many(rows)):
+            label[b], latent[b] = record.label, record.latent[int(mirrored[b])]
+            if images:
+                image[b] = record.pixels()
+        return _batch(latent, label, image, mirrored)
 
     def __repr__(self):
         return f"latents:{self.directory} ({len(self)} latents)"
@@ -162,7 +188,8 @@ def open_latents(reference: str | os.PathLike, verify: bool = False) -> Latents:
 
 
 def train_batches(latents: Latents, *, batch_size: int, seed: int, start_step: int = 0, mirror: bool = True,
-                  in_memory: bool | str = "auto", memory_budget: int = MEMORY_BUDGET) -> Iterator[dict]:
+                  images: bool = False, in_memory: bool | str = "auto",
+                  memory_budget: int = MEMORY_BUDGET) -> Iterator[dict]:
     """Endless shuffled batches: this process's rows of the global batches start_step, start_step + 1, ...
 
     As data.images.train_batches: batch n holds the examples n*batch_size ... of one stream, in which every epoch is
@@ -173,51 +200,55 @@ def train_batches(latents: Latents, *, batch_size: int, seed: int, start_step: i
       batch_size: of all processes together.
       seed: not negative.
       mirror: whether half of the latents, chosen by (seed, position), are those of the mirror images.
+      images: whether batches have "image" too, uint8 (B,H,W,3), mirrored where the latent is.
       in_memory: whether the cache is read into memory first; "auto" where it has at most memory_budget bytes. The
         batches are the same.
     Returns:
-      An iterator (close() ends its threads) of dicts of numpy arrays: mean, std float32 (B,h,w,C), unscaled; label
-      int32 (B,); index int32 (B,), the example's position in the stream modulo 2**31.
+      An iterator (close() ends its threads) of dicts of numpy arrays: mean, std float32 (B,h,w,C), unscaled, or tokens
+      int32 (B,h,w); label int32 (B,); index int32 (B,), the example's position in the stream modulo 2**31.
     Raises:
       ValueError: at once, for arguments that cannot work, or, while reading, for a damaged record.
     """
-    _check(latents, batch_size)
+    _check(latents, batch_size, images)
     if seed < 0 or start_step < 0:
         raise ValueError(f"seed={seed} and start_step={start_step} must not be negative")
     order, positions = Shuffled(len(latents), seed), Positions.of_process(batch_size, start_step)
-    store = _store(latents, in_memory, memory_budget)
+    store = _store(latents, in_memory, memory_budget, images)
 
     def batch(step):
         where = positions.batch(int(step))
         mirrored = order.coins(where) if mirror else np.zeros(len(where), bool)
-        return store.take(order.records(where), mirrored) | {"index": (where % INDEX_RANGE).astype(np.int32)}
+        found = store.take(order.records(where), mirrored, images)
+        return found | {"index": (where % INDEX_RANGE).astype(np.int32)}
 
-    return _read(grain.MapDataset.range(2**48).map(batch), store, batch_size)
+    return _read(grain.MapDataset.range(2**48).map(batch), latents, batch_size, images)
 
 
-def evaluation_batches(latents: Latents, batch_size: int, limit: int | None = None) -> "EvaluationBatches":
+def evaluation_batches(latents: Latents, batch_size: int, limit: int | None = None,
+                       images: bool = False) -> "EvaluationBatches":
     """One pass over the cache in order, the same each time: this process's rows of the global batches.
 
     Args:
       batch_size: of all processes together.
       limit: how many latents, spread evenly over the cache; None for all.
+      images: as of train_batches.
     Returns:
       An iterable with len(), of batches like train_batches', without mirror images, where index is the latent's
       number in the cache, plus mask bool (B,): False for the padding of the last batch.
     Raises:
       ValueError: at once, for arguments that cannot work, or, while reading, for a damaged record.
     """
-    _check(latents, batch_size)
+    _check(latents, batch_size, images)
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} must be at least 1")
-    return EvaluationBatches(latents, batch_size, min(limit or len(latents), len(latents)))
+    return EvaluationBatches(latents, batch_size, min(limit or len(latents), len(latents)), images)
 
 
 class EvaluationBatches:
     """What evaluation_batches returns."""
 
-    def __init__(self, latents, batch_size, count):
-        self._latents, self._batch_size, self._count = latents, batch_size, count
+    def __init__(self, latents, batch_size, count, images):
+        self._latents, self._batch_size, self._count, self._images = latents, batch_size, count, images
 
     def __len__(self):
         return math.ceil(self._count / self._batch_size)
@@ -229,10 +260,10 @@ class EvaluationBatches:
             where = positions.batch(int(step))
             # Past the end the last latent is repeated, so that every process has as many rows in every batch.
             rows = np.minimum(where, self._count - 1) * len(self._latents) // self._count
-            latents = self._latents.take(rows, np.zeros(len(rows), bool))
+            latents = self._latents.take(rows, np.zeros(len(rows), bool), self._images)
             return latents | {"index": rows.astype(np.int32), "mask": where < self._count}
 
-        return _read(grain.MapDataset.range(len(self)).map(batch), self._latents, self._batch_size)
+        return _read(grain.MapDataset.range(len(self)).map(batch), self._latents, self._batch_size, self._images)
 
 
 class _Whole(NamedTuple):
@@ -247,40 +278,55 @@ class _Whole(NamedTuple):
 class _Resident:
     """A cache in memory."""
 
-    def __init__(self, latents: Latents):
-        self.shape = latents.shape
-        self._moments = np.empty((len(latents), 2, 2, *latents.shape),                           # (N,2,2,h,w,C)
-                                 latent_records.DTYPES[latents.manifest["dtype"]])
+    def __init__(self, latents: Latents, images: bool):
+        self._of_batch = np.int32 if latents.is_tokens else np.float32
+        shape = latent_records.stored_shape(latents.shape, latents.dtype)
+        self._latents = np.empty((len(latents), *shape), latents.dtype)  # (N,2,2,h,w,C) or (N,2,h,w)
         self._labels = np.empty(len(latents), np.int32)
+        self._images = np.empty((len(latents), *latents.image_shape), np.uint8) if images else None
 
         for first in range(0, len(latents), _CHUNK):
             rows = range(first, min(first + _CHUNK, len(latents)))
-            for i, (_, label, moments) in zip(rows, latents.read_many(rows), strict=True):
-                self._labels[i], self._moments[i] = label, moments
+            for i, record in zip(rows, latents.read_many(rows), strict=True):
+                self._labels[i], self._latents[i] = record.label, record.latent
+                if images:
+                    self._images[i] = record.pixels()
 
-    def take(self, rows, mirrored):
-        chosen = self._moments[rows, mirrored.astype(np.int8)].astype(np.float32)                # (B,2,h,w,C)
-        return {"mean": chosen[:, 0], "std": chosen[:, 1], "label": self._labels[rows]}
+    def take(self, rows, mirrored, images=False):
+        latent = self._latents[rows, mirrored.astype(np.int8)].astype(self._of_batch)
+        return _batch(latent, self._labels[rows], self._images[rows] if images else None, mirrored)
 
 
-def _store(latents, in_memory, budget):
+def _batch(latent, label, image, mirrored):
+    """latent: (B,2,h,w,C), means and standard deviations, or (B,h,w) tokens. image: as it was kept, or None."""
+    batch = {"tokens": latent} if latent.dtype == np.int32 else {"mean": latent[:, 0], "std": latent[:, 1]}
+    if image is not None:
+        batch["image"] = np.where(mirrored[:, None, None, None], image[:, :, ::-1], image)
+    return batch | {"label": label}
+
+
+def _store(latents, in_memory, budget, images):
     if in_memory not in (True, False, "auto"):
         raise ValueError(f"in_memory={in_memory!r} is none of True, False and 'auto'")
-    fits = latents.nbytes <= budget
-    return _Resident(latents) if in_memory is True or (in_memory == "auto" and fits) else latents
+    fits = latents.nbytes + images * latents.image_bytes <= budget
+    return _Resident(latents, images) if in_memory is True or (in_memory == "auto" and fits) else latents
 
 
-def _check(latents, batch_size):
+def _check(latents, batch_size, images):
     if not len(latents):
         raise ValueError(f"{latents!r} holds no latent")
+    if images and not latents.image_shape:
+        raise ValueError(f"{latents!r} holds no images, which are to be looked at beside the latents: encode again "
+                         "with --keep_images")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     rows_of_process(batch_size)
 
 
-def _read(batches: grain.MapDataset, store, batch_size: int) -> Iterator[dict]:
+def _read(batches: grain.MapDataset, latents: Latents, batch_size: int, images: bool) -> Iterator[dict]:
     """Reads batches in order, ahead of the consumer."""
-    size = 8 * math.prod(store.shape) * batch_size // jax.process_count()
+    one = 8 * math.prod(latents.shape) + images * math.prod(latents.image_shape or ())
+    size = one * batch_size // jax.process_count()
     ahead = int(np.clip(_PREFETCH_BYTES // size, 2, _AHEAD))
     iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)))
     try:

@@ -24,11 +24,15 @@ NAMED = 5  # broken images in an error
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def moments_and_mirrored(model, params, image):
-    """uint8 (B,H,W,3) -> [image, mirror] x [mean, std] of the posterior, (B,2,2,h,w,C) float32."""
+def latent_and_mirrored(model, params, image):
+    """uint8 (B,H,W,3) -> of the image and its mirror image: [mean, std] of the posterior, (B,2,2,h,w,C) float32, or the
+    tokens of a VQ autoencoder, (B,2,h,w) int32.
+    """
     def of(x):
-        posterior = model.apply({"params": params}, x, method=model.encode)
-        return jnp.stack([posterior.mean, posterior.std], 1)                       # (B,2,h,w,C)
+        latent = model.apply({"params": params}, x, method=model.encode)
+        if model.kind == "vq":
+            return model.apply({"params": params}, latent.z, method=model.quantize).indices  # (B,h,w)
+        return jnp.stack([latent.mean, latent.std], 1)                             # (B,2,h,w,C)
 
     x = to_float(image)
     return jnp.stack([of(x), of(x[:, :, ::-1])], 1)
@@ -39,8 +43,8 @@ def write_shards(cache, cuts, source, encode, mesh, options):
 
     Args:
       cache: data.latent_cache.Cache, begun. cuts: for each shard, the numbers of its images in the source.
-      encode: uint8 (B,H,W,3) -> moments (B,2,2,h,w,C), as `moments_and_mirrored`.
-      mesh: of this host's devices. options: the command line.
+      encode: uint8 (B,H,W,3) -> latents, as `latent_and_mirrored`.
+      mesh: of this host's devices. options: the command line; its dtype is that of the cache.
 
     Raises:
       TooManyBroken: more images than options.broken_limit cannot be read.
@@ -51,12 +55,13 @@ def write_shards(cache, cuts, source, encode, mesh, options):
     meet("shards are verified")
     todo = [k for k in mine if k not in kept]
     broken = [example for entry in kept.values() for example in entry["broken"]]
-    allowed = max(1, options.broken_limit * sum(len(cuts[k]) for k in mine))
+    share = options.broken_limit * sum(len(cuts[k]) for k in mine)
+    allowed = max(1, share) if share else 0  # one image of a small set is not a broken set
     with tqdm(total=sum(len(cuts[k]) for k in mine), initial=sum(len(cuts[k]) for k in kept), unit="image",
               file=sys.stderr, disable=jax.process_index() > 0) as progress:
         encoded = _one_ahead(_batches(source, cuts, todo, options), encode, mesh, options.batch_size)
         for k, parts in itertools.groupby(encoded, key=lambda part: part[0]):
-            facts = {"count": 0, "broken": [], "classes": 0, "moments": None}
+            facts = {"count": 0, "broken": [], "classes": 0, "statistics": None}
             path = str(cache.directory / cache.names[k])
             records.write_shard(_records(parts, facts, broken, allowed, options, source, progress), path)
             cache.finish(k, facts)
@@ -89,17 +94,17 @@ def _batches(source, cuts, todo, options):
 
 
 def _one_ahead(batches, encode, mesh, batch_size):
-    """Yields (shard, examples, moments (B,2,2,h,w,C)); the device computes one batch while the host writes another."""
+    """Yields (shard, examples, latents (B,2,..)); the device computes one batch while the host writes another."""
     waiting = None
     for k, examples in batches:
         images = [example["image"] for example in examples if "image" in example]
-        moments = None
+        latents = None
         if images:
             images += [images[-1]] * (batch_size - len(images))  # one shape, so one compiled program
-            moments = encode(put(mesh, {"image": np.stack(images)})["image"])
+            latents = encode(put(mesh, {"image": np.stack(images)})["image"])
         if waiting:
             yield waiting
-        waiting = k, examples, moments
+        waiting = k, examples, latents
     if waiting:
         yield waiting
 
@@ -107,7 +112,7 @@ def _one_ahead(batches, encode, mesh, batch_size):
 def _records(parts, facts, broken, allowed, options, source, progress):
     """Yields the packed records of one shard, and fills in what is to be known of it."""
     statistics = []
-    for _, examples, moments in parts:
+    for _, examples, latents in parts:
         found = [example for example in examples if "image" not in example]
         for example in found:
             logging.warning("Left out: %s: %s", example["name"], example["reason"])
@@ -121,17 +126,18 @@ def _records(parts, facts, broken, allowed, options, source, progress):
         whole = [example for example in examples if "image" in example]
         if whole:
             with np.errstate(over="ignore"):  # which is refused below, by name
-                stored = np.asarray(moments)[: len(whole)].astype(latent_records.DTYPES[options.dtype])
+                stored = np.asarray(latents)[: len(whole)].astype(options.dtype)
             for example, values in zip(whole, stored, strict=True):
                 if not np.isfinite(values).all():
                     raise ValueError(f"{source.name(example['index'])}: its latent is not finite in {options.dtype}; "
                                      "the autoencoder is broken, or its numbers need --dtype=float32.")
-                yield latent_records.pack(example["index"], example["label"], values, options.dtype)
-            statistics.append(latent_cache.moments_of(stored[:, :, 0], stored[:, :, 1]))
+                yield latent_records.pack(example["index"], example["label"], values, options.dtype,
+                                          example["image"] if options.keep_images else None)
+            statistics.append(latent_cache.statistics_of(stored))
             facts["count"] += len(whole)
             facts["classes"] = max(facts["classes"], 1 + max(example["label"] for example in whole))
         progress.update(len(examples))
-    facts["moments"] = latent_cache.combine(statistics) if statistics else None
+    facts["statistics"] = latent_cache.combine(statistics) if statistics else None
 
 
 def meet(event):

@@ -4,7 +4,7 @@ import numpy as np
 
 from eqvae_jax.data import latent_cache, latent_records, records
 
-SHAPE = (2, 3, 4)
+SHAPE, IMAGE_SHAPE = (2, 3, 4), (5, 5, 3)
 
 
 def moments_of(i):
@@ -16,18 +16,31 @@ def label_of(i):
     return i % 3
 
 
-def write(directory, count=10, shard_size=4, dtype="float32", **changes):
-    """Latent i is of image 2 i of its source. changes: of the plan."""
+def tokens_of(i):
+    """[image, mirror], (2,h,w), up to the largest that uint16 holds."""
+    return (np.arange(2 * np.prod(SHAPE[:2])).reshape(2, *SHAPE[:2]) + 100 * i + 64_600).astype(np.uint16)
+
+
+def image_of(i):
+    return np.random.default_rng(i).integers(0, 256, IMAGE_SHAPE, np.uint8)
+
+
+def write(directory, count=10, shard_size=4, dtype="float32", images=False, **changes):
+    """Latent i is of image 2 i of its source; of dtype uint16 it is tokens. changes: of the plan."""
+    tokens = dtype == latent_records.TOKENS
     plan = {
-        "format": latent_cache.FORMAT, "version": latent_cache.VERSION, "shape": list(SHAPE), "dtype": dtype,
+        "format": latent_cache.FORMAT, "version": latent_cache.VERSION, "shape": list(SHAPE[:2] if tokens else SHAPE),
+        "dtype": dtype,
         "autoencoder": {"reference": "workdir:A", "kind": "kl", "hash": "aa", "scale": 0.5, "shift": 0.25},
+        "preprocessing": {"image_size": IMAGE_SHAPE[0]} | ({"images": True} if images else {}),
         "shard_size": shard_size,
     } | changes
     cache = latent_cache.Cache(directory, plan, -(-count // shard_size))
     assert not cache.begin()
     for k, name in enumerate(cache.names):
         rows = range(k * shard_size, min((k + 1) * shard_size, count))
-        packed = (latent_records.pack(2 * i, label_of(i), moments_of(i), dtype) for i in rows)
+        packed = (latent_records.pack(2 * i, label_of(i), (tokens_of if tokens else moments_of)(i), dtype,
+                                      image_of(i) if images else None) for i in rows)
         records.write_shard(packed, cache.directory / name)
         cache.finish(k, {"count": len(rows)})
     cache.publish({"count": count, "classes": 3})

@@ -10,7 +10,7 @@ import msgpack
 import numpy as np
 import pytest
 from array_record.python import array_record_module
-from latent_folder import SHAPE, label_of, moments_of, write
+from latent_folder import IMAGE_SHAPE, SHAPE, image_of, label_of, moments_of, tokens_of, write
 from memory_source import assert_equal, joined, pretend
 
 from eqvae_jax.data import latent_cache, latent_records
@@ -66,6 +66,47 @@ def test_a_record_can_be_read_without_this_program(folder):
     data = moments_of(5).astype("<f4").tobytes()
     assert fields == {"index": 10, "label": 2, "moments": data,
                       "crc": zlib.crc32(struct.pack("<qq", 10, 2) + data)}
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "uint16"])
+def test_kept_images_come_with_their_latents_and_are_mirrored_with_them(tmp_path, dtype, in_memory):
+    write(tmp_path / "cache", dtype=dtype, images=True)
+    latents = open_latents(tmp_path / "cache")
+    assert latents.image_shape == IMAGE_SHAPE and latents.image_bytes == 10 * 75
+    np.testing.assert_array_equal(latents[3]["image"], image_of(3))
+    x = joined(batches(latents, 10, images=True, in_memory=in_memory))
+    assert x["image"].dtype == np.uint8 and x["image"].shape == (40, *IMAGE_SHAPE)
+    mirrors = 0
+    for b, image in enumerate(x["image"]):
+        i = next(i for i in range(10) if any((image == seen).all() for seen in (image_of(i), image_of(i)[:, ::-1])))
+        mirror = bool((image != image_of(i)).any())
+        mirrors += mirror
+        assert x["label"][b] == label_of(i)
+        if dtype == "uint16":
+            np.testing.assert_array_equal(x["tokens"][b], tokens_of(i)[int(mirror)])
+        else:
+            np.testing.assert_array_equal(x["mean"][b], moments_of(i)[int(mirror), 0])
+    assert 5 < mirrors < 35
+    found = joined(list(evaluation_batches(latents, 4, images=True)))
+    np.testing.assert_array_equal(found["image"][:10], [image_of(i) for i in range(10)])
+    assert "image" not in batches(latents, 1, in_memory=in_memory)[0]
+
+
+def test_tokens_are_read_as_they_were_written(tmp_path):
+    write(tmp_path / "cache", dtype="uint16")
+    latents = open_latents(tmp_path / "cache")
+    assert latents.is_tokens and latents.shape == SHAPE[:2] and latents.nbytes == 10 * 2 * 6 * 2
+    found = latents[9]
+    np.testing.assert_array_equal(found["tokens"], tokens_of(9)[0])
+    np.testing.assert_array_equal(found["mirror_tokens"], tokens_of(9)[1])
+    assert found["tokens"].max() > 2**15                      # they are not signed
+    x = joined(batches(latents, 5, mirror=False))
+    assert x["tokens"].dtype == np.int32 and x["tokens"].shape == (20, *SHAPE[:2])
+    which = (x["tokens"][:, 0, 0] - 64_600) // 100
+    np.testing.assert_array_equal(x["tokens"], [tokens_of(i)[0] for i in which])
+    with pytest.raises(ValueError, match="encode again with --keep_images"):
+        train_batches(latents, batch_size=2, seed=0, images=True)
 
 
 def test_scale_and_shift_are_those_of_the_field_and_other_weights_are_refused():
@@ -246,15 +287,25 @@ def test_evaluations_arguments_and_processes_that_do_not_divide(folder, monkeypa
 
 
 def test_statistics_of_parts_are_those_of_the_whole(rng):
-    mean, std = rng.normal(50, 2, (7, 2, 3, 4)), rng.uniform(1, 2, (7, 2, 3, 4))
-    parts = [latent_cache.moments_of(mean[part], std[part]) for part in (slice(0, 1), slice(1, 4), slice(4, 7))]
+    mean, std = rng.normal(50, 2, (7, 2, 5, 3, 4)), rng.uniform(1, 2, (7, 2, 5, 3, 4))
+    stored = np.stack([mean, std], 2)
+    parts = [latent_cache.statistics_of(stored[part]) for part in (slice(0, 1), slice(1, 4), slice(4, 7))]
     nested = latent_cache.combine([latent_cache.combine(parts[:2]), parts[2]])
     found = latent_cache.summary(nested)
-    variance = mean.var((0, 1, 2)) + np.square(std).mean((0, 1, 2))
-    np.testing.assert_allclose(found["mean"], mean.mean((0, 1, 2)), rtol=1e-12)
+    variance = mean.var((0, 1, 2, 3)) + np.square(std).mean((0, 1, 2, 3))
+    np.testing.assert_allclose(found["mean"], mean.mean((0, 1, 2, 3)), rtol=1e-12)
     np.testing.assert_allclose(found["std"], np.sqrt(variance), rtol=1e-12)
     np.testing.assert_allclose(found["overall_std"], np.sqrt(mean.var() + np.square(std).mean()), rtol=1e-12)
-    assert nested["values"] == 42
+    assert nested["values"] == 7 * 2 * 5 * 3
+
+
+def test_statistics_of_tokens_are_how_often_each_is_there():
+    first, second = np.array([[[[3, 3]], [[10, 3]]]], np.uint16), np.array([[[[10, 10]], [[10, 2]]]], np.uint16)
+    whole = latent_cache.combine([latent_cache.statistics_of(part) for part in (first, second)])
+    assert list(whole["codes"].items()) == [("2", 1), ("3", 3), ("10", 4)]
+    share = np.array([1, 3, 4]) / 8
+    found = latent_cache.summary(whole)
+    assert found["codes_used"] == 3 and found["perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()))
 
 
 def test_shards_without_a_manifest_are_not_taken_over(folder):
