@@ -11,6 +11,7 @@ SiT takes the recipe.
 import re
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config(variant="XL_2"):
@@ -34,6 +35,7 @@ def recipe():
     config = ConfigDict()
     config.task = "generator"  # of main.TASKS
     config.seed = 0  # [D]
+    config.init = ""  # weights to start from: workdir:DIR, or a public file as dit:FILE; "": drawn
 
     config.data = dict(
         latents="",  # DIR of a cache
@@ -42,7 +44,8 @@ def recipe():
         scale="autoencoder",  # "measured": latents are brought to mean 0 and standard deviation 1
         batch_size=256,  # [D] per update, over all devices
         mirror=True,  # [D] half of the images are mirrored
-        evaluation_batch_size=64, evaluation_limit=512,
+        evaluation_batch_size=64,  # rounded up to the devices
+        evaluation_limit=512,
     )
 
     # A published size; what is not 0 beside it replaces the size's own.
@@ -58,7 +61,9 @@ def recipe():
         kind="interpolant",
         path="linear", prediction="velocity", loss_weight="",  # [S]
         times="uniform",  # [S]
+        train_eps=placeholder(float), sample_eps=placeholder(float),  # cut off the ends of time; none: [S]
     )
+    config.alignment = dict()  # configs/repa.py's
     config.label_dropout = 0.1  # [D] share of labels replaced by "no label", for guidance
 
     # How previews and evaluation make samples; sample.py takes these unless its flags say otherwise.
@@ -66,6 +71,10 @@ def recipe():
         sampler="sde",  # [S] the paper's numbers; also sde-heun, euler, heun, dopri5
         evaluations=250,  # [S] of the network
         guidance=1.0, guidance_channels=3,  # [S] of the first three of four channels
+        guidance_times=(), guidance_noise=(),  # where to: low <= t <= high, or low < sigma <= high; (): everywhere
+        form="sigma", norm=1.0, last_step="mean", last_step_size=0.04,  # [S] of the SDE
+        eta=0.0,  # of DDIM
+        rtol=1e-3, atol=1e-6,  # [S] of dopri5
     )
 
     config.optimizer = dict(learning_rate=1e-4, schedule="constant", warmup_steps=0, b1=0.9, b2=0.999, eps=1e-8,

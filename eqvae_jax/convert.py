@@ -27,6 +27,7 @@ TARGETS = {
     "taming": "taming:FILE.safetensors or taming:FILE.ckpt, of taming-transformers (VQ models)",
     "dit": "dit:FILE.pt or dit:FILE.safetensors, of facebookresearch/DiT",
     "sit": "sit:FILE.pt or sit:FILE.safetensors, of willisma/SiT",
+    "repa": "repa:FILE.pt or repa:FILE.safetensors, of sihyun-yu/REPA",
 }
 PARTS = ("encoder", "decoder", "quant_conv", "post_quant_conv", "codebook")
 KEEPS_SCALE = ("diffusers",)  # the other formats leave scale and shift to the diffusion model's own config
@@ -54,7 +55,7 @@ def convert(options):
     """Describes, measures, writes and verifies, as the command line says; what can be refused early is."""
     from eqvae_jax import weights
     from eqvae_jax.evaluation import comparison
-    from eqvae_jax.run.generator_conversion import convert_generator, is_generator
+    from eqvae_jax.run.generator_conversion import OF_FILES, convert_generator, is_generator
     from eqvae_jax.weights.references import AUTOENCODERS, GENERATORS
 
     source = weights.parse_reference(options.source, AUTOENCODERS | GENERATORS)
@@ -63,6 +64,8 @@ def convert(options):
         check_target(source, target, options.overwrite)
     if is_generator(source, target):
         return convert_generator(options, source, target)
+    if unused := [f"--{name}" for name in OF_FILES if getattr(options, name) is not None]:
+        raise ValueError(f"{', '.join(unused)}: only with a file of a generator.")
     if options.latent_stats:
         chosen = {name: getattr(options, name) for name in IMAGE_OPTIONS if getattr(options, name) is not None}
         protocol = comparison.Protocol(images=options.latent_stats, **chosen)
@@ -194,15 +197,18 @@ def _options(arguments):
     )
     add = parser.add_argument
     add("--from", dest="source", required=True, metavar="REFERENCE",
-        help="diffusers:DIR_OR_HUB_ID, ldm:FILE, taming:FILE, init:PRESET, dit:FILE, sit:FILE or workdir:DIR")
+        help="diffusers:DIR_OR_HUB_ID, ldm:FILE, taming:FILE, init:PRESET, dit:FILE, sit:FILE, repa:FILE or "
+        "workdir:DIR")
     add("--to", dest="target", metavar="REFERENCE",
-        help="diffusers:DIR, ldm:FILE or taming:FILE (.safetensors or .ckpt), of generators dit:FILE or sit:FILE "
-        "(.pt or .safetensors); without it nothing is written")
+        help="diffusers:DIR, ldm:FILE or taming:FILE (.safetensors or .ckpt), of generators dit:FILE, sit:FILE or "
+        "repa:FILE (.pt or .safetensors); without it nothing is written")
     add("--overwrite", action="store_true", help="write over files that exist")
     add("--scale", type=_finite, metavar="X", help="the latents' scale, where the source does not know it")
     add("--shift", type=_finite, metavar="X", help="the latents' shift, where the source does not know it")
     add("--verbose", action="store_true", help="list every tensor and every channel")
     add("--seed", type=int, default=0, metavar="N", help="of the random weights of init: (%(default)s)")
+    add("--heads", type=int, metavar="N", help="of a generator's file, where the width does not tell")
+    add("--prediction", choices=("velocity", "noise", "score"), help="what a sit: file predicts (velocity)")
     group = parser.add_argument_group("scale and shift measured on images")
     add = group.add_argument
     add("--latent-stats", "--latent_stats", metavar="IMAGES",

@@ -4,11 +4,13 @@
     python -m eqvae_jax.sample --generator=sit:SiT-XL-2-256x256.pt --autoencoder=diffusers:stabilityai/sd-vae-ft-ema \\
         --guidance=4 --classes=207 --count=16 --output=golden_retriever.npz
 
-Image n is made from the seed and n alone, so a set does not depend on the batch or the devices, and one that was
-interrupted goes on with the same command to the same images. Settings that are not given are those of the run's config.
+Image n is made from the seed and n alone, so a set does not depend on the batch or the devices (but for dopri5, whose
+steps suit a whole batch), and one that was interrupted goes on with the same command to the same images. Settings that
+are not given are those of the run's config.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -17,7 +19,9 @@ import sys
 # JAX and all that imports it is imported where it is first needed: --help and a mistyped flag do not wait for it.
 
 PICTURE, COLUMNS = 64, 16  # images, and classes side by side, at most
-PUBLISHED = {"dit": {"kind": "diffusion"}, "sit": {"kind": "interpolant"}}  # the process of a public file
+PRECISIONS = ("highest", "high", "default")
+PUBLISHED = {"dit": {"kind": "diffusion"}, "sit": {"kind": "interpolant"}, "repa": {"kind": "interpolant"}}
+PUBLISHED_SAMPLING = {"repa": {"form": "linear", "guidance_channels": 0}}  # of public files, where it is not SiT's
 
 
 def main(arguments=None):
@@ -43,11 +47,12 @@ def sample(options):
     output = pathlib.Path(options.output).expanduser()
     if output.suffix != ".npz":
         raise ValueError(f"--output={options.output} must end in .npz.")
-    if output.exists() and not options.overwrite:
+    if output.exists() and not options.overwrite and not partial_path(output).exists():  # or its end is to be tidied
         raise ValueError(f"{output} exists: --overwrite writes over it.")
     if options.count < 1 or options.batch_size < 1:
         raise ValueError(f"--count={options.count} and --batch_size={options.batch_size} must be at least 1.")
 
+    import jax
     from ml_collections import ConfigDict
 
     from eqvae_jax import weights
@@ -56,9 +61,10 @@ def sample(options):
     from eqvae_jax.run.sampling import Sampler
     from eqvae_jax.training.sharding import make_mesh
 
-    model, params, spec = weights.load_generator(options.generator, scan=True)  # compiles one block instead of all
+    model, params, spec = load(options)
     model = model.clone(dtype=options.dtype)
-    process = make_process(**PUBLISHED[spec.kind] | spec.process)
+    chosen = {name: getattr(options, name) for name in ("path", "sample_eps") if getattr(options, name) is not None}
+    process = make_process(**PUBLISHED[spec.kind] | spec.process | chosen)
     settings = chosen_settings(options, spec)
     check_sampling(process, settings)
     check_classes(options.classes, model)
@@ -73,34 +79,46 @@ def sample(options):
     sampler = Sampler(model, process, settings, space, autoencoder, mesh, options.batch_size, options.seed)
     made_with = {"generator": dataclasses.asdict(spec), "autoencoder": dataclasses.asdict(autoencoder[2]),
                  "sampling": dataclasses.asdict(settings), "classes": options.classes, "seed": options.seed,
-                 "dtype": options.dtype}
+                 "dtype": options.dtype, "precision": options.precision} | chosen
     size = (model.input_size * autoencoder[0].downsampling,) * 2
+    evaluations = "" if settings.sampler == "dopri5" else f" of {settings.evaluations} evaluations"
     print(f"{options.generator}: {options.count:,} images of {size[0]} x {size[1]}, {sampler.batch} at a time; "
-          f"{settings.sampler or 'its default sampler'}, {settings.evaluations} evaluations, guidance "
-          f"{settings.guidance:g}; decoded by {reference}.")
-    make(sampler, params, options, output, made_with, size)
+          f"{settings.sampler or 'its default sampler'}{evaluations}, guidance {settings.guidance:g}; decoded by "
+          f"{reference}.")
+    with jax.default_matmul_precision(options.precision):
+        sampler.check(params)
+        make(sampler, params, options, output, made_with, size)
+
+
+def load(options):
+    """weights.load_generator of the command line; what a public file leaves open may be said, of a run it is known."""
+    from eqvae_jax import weights
+
+    known = {name: getattr(options, name) for name in ("heads", "prediction") if getattr(options, name) is not None}
+    if options.generator.startswith("workdir:") and (known or options.path):
+        raise ValueError("--heads, --prediction and --path are for files; a run says it itself.")
+    return weights.load_generator(options.generator, scan=True, **known)  # scan: compiles one block instead of all
 
 
 def make(sampler, params, options, output, made_with, size):
     """Fills the set's unfinished file, then writes the .npz and the picture."""
-    import jax
     import numpy as np
     from tqdm import tqdm
 
     from eqvae_jax.evaluation.samples import write_npz
 
-    leads = jax.process_index() == 0  # every host makes its part of each batch; one writes
     placed = sampler.place(params)
-    with Unfinished(partial_path(output), size, made_with | {"count": options.count, "batch": sampler.batch},
-                    writes=leads) as unfinished:
-        start = unfinished.count // sampler.batch * sampler.batch
+    unfinished, start = begin(output, size, made_with | {"count": options.count, "batch": sampler.batch})
+    leads = unfinished is not None  # every host makes its part of each batch; the first one writes
+    with unfinished or contextlib.nullcontext():
         if start:
             print(f"going on from image {start:,}")
         with tqdm(total=options.count, initial=start, unit="image", disable=None) as bar:
             for first in range(start, options.count, sampler.batch):
                 numbers = np.arange(first, min(first + sampler.batch, options.count))
                 images = sampler.images(placed, numbers, sampler.labels(options.classes, numbers))
-                unfinished.write(first, images)
+                if leads:
+                    unfinished.write(first, images)
                 bar.update(len(numbers))
         if not leads:
             return
@@ -110,6 +128,28 @@ def make(sampler, params, options, output, made_with, size):
         picture = draw(next(unfinished.batches(PICTURE)), output, in_turn)
     unfinished.remove()
     print(f"wrote {output} and {picture}")
+
+
+def begin(output, size, settings):
+    """(the set's Unfinished on the first host and None on others, the number of its next image); all hosts agree.
+
+    Raises ValueError as Unfinished does, on every host.
+    """
+    import jax
+    from jax.experimental import multihost_utils
+
+    unfinished, problem, start = None, None, 0
+    if jax.process_index() == 0:
+        try:
+            unfinished = Unfinished(partial_path(output), size, settings)
+            start = unfinished.count // settings["batch"] * settings["batch"]
+        except (ValueError, OSError) as error:
+            problem, start = error, -1
+    if jax.process_count() > 1:
+        start = int(multihost_utils.broadcast_one_to_all(start))
+    if start < 0:
+        raise problem or ValueError("the first host stopped; it says why.")
+    return unfinished, start
 
 
 def draw(images, output, classes=None):
@@ -125,9 +165,9 @@ def draw(images, output, classes=None):
 class Unfinished:
     """The images of a set that is being made, raw and in order, and beside them, in JSON, how they are made."""
 
-    def __init__(self, path, size, settings, writes=True):
+    def __init__(self, path, size, settings):
         """Raises ValueError, naming what differs, where a file of another set is at `path`."""
-        self.path, self.size, self._writes = path, size, writes
+        self.path, self.size = path, size
         self._settings, self._bytes = json.dumps(settings, sort_keys=True), 3 * size[0] * size[1]
         self._beside = path.with_suffix(".json")
         if self._beside.exists():
@@ -136,7 +176,7 @@ class Unfinished:
             if different:
                 raise ValueError(f"{path} holds the beginning of another set, with other {', '.join(different)}: give "
                                  f"its command to finish it, or delete it and {self._beside.name}.")
-        elif writes:
+        else:
             from eqvae_jax.atomic import whole
 
             with whole(self._beside) as partial:
@@ -149,21 +189,18 @@ class Unfinished:
         return self.path.stat().st_size // self._bytes if self.path.exists() else 0
 
     def __enter__(self):
-        if self._writes:
-            self._file = open(self.path, "r+b" if self.path.exists() else "w+b")
+        self._file = open(self.path, "r+b" if self.path.exists() else "w+b")
         return self
 
     def __exit__(self, *_):
-        if self._writes:
-            self._file.close()
+        self._file.close()
 
     def write(self, first, images):
         """Puts images (N,H,W,3) at number `first` and on; what was behind is cut off."""
-        if self._writes:
-            self._file.seek(first * self._bytes)
-            self._file.write(images.tobytes())
-            self._file.truncate()
-            self._file.flush()
+        self._file.seek(first * self._bytes)
+        self._file.write(images.tobytes())
+        self._file.truncate()
+        self._file.flush()
 
     def batches(self, rows=500):
         """Yields the images, uint8 (<= rows, H, W, 3)."""
@@ -174,8 +211,8 @@ class Unfinished:
             yield everything[first : first + rows]
 
     def remove(self):
-        self.path.unlink()
         self._beside.unlink()
+        self.path.unlink()
 
 
 def partial_path(output):
@@ -187,8 +224,8 @@ def chosen_settings(options, spec):
     """The Sampling of the run's config, with what the command line says in its place."""
     from eqvae_jax.generators.process import Sampling
 
-    settings = Sampling(**{name: tuple(value) if isinstance(value, list) else value
-                           for name, value in (spec.sampling or {}).items()})
+    known = spec.sampling or PUBLISHED_SAMPLING.get(spec.kind, {})
+    settings = Sampling(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Sampling)
              if getattr(options, field.name) is not None}
     return dataclasses.replace(settings, **{name: tuple(value) if isinstance(value, list) else value
@@ -205,20 +242,29 @@ def check_classes(policy, model):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog="python -m eqvae_jax.sample", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m eqvae_jax.sample", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--generator", required=True, metavar="REFERENCE", help="workdir:DIR, dit:FILE or sit:FILE")
+    add("--generator", required=True, metavar="REFERENCE", help="workdir:DIR, dit:FILE, sit:FILE or repa:FILE")
     add("--autoencoder", metavar="REFERENCE", help="that decodes; where the generator's latents came from if not given")
     add("--count", type=int, default=64, metavar="N", help="images (%(default)s)")
     add("--output", required=True, metavar="FILE.npz", help="the set; its picture is beside it, .png and .pdf")
     add("--classes", default="uniform", help="uniform: drawn at random, as published FIDs; balanced: in turn; or a "
                                              "class's number (%(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
-    add("--batch_size", type=int, default=50, metavar="N", help="images at a time; changes nothing (%(default)s)")
+    add("--batch_size", type=int, default=50, metavar="N",
+        help="images at a time; changes nothing, but with dopri5 (%(default)s)")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the network's blocks (%(default)s)")
+    add("--precision", choices=PRECISIONS, default="highest",
+        help="of float32 products; default is the accelerator's own, TF32 or bfloat16, and faster (%(default)s)")
     add("--overwrite", action="store_true", help="write over an existing set")
-    group = parser.add_argument_group("sampling", "not given: as in the run's config, or as the published commands")
+    group = parser.add_argument_group("public files", "what they do not say themselves")
+    add = group.add_argument
+    add("--heads", type=int, metavar="N", help="of attention, where the width does not tell")
+    add("--prediction", choices=("velocity", "noise", "score"), help="what a sit: file predicts (velocity)")
+    add("--path", choices=("linear", "gvp", "vp"), help="of a sit: or repa: file (linear)")
+    group = parser.add_argument_group("sampling", "not given: as in the run's config, or SiT's, DiT's and REPA's own "
+                                                  "without guidance")
     add = group.add_argument
     add("--sampler", help="diffusion: ddpm, ddim; interpolant: sde, sde-heun, euler, heun, dopri5")
     add("--evaluations", type=int, metavar="N", help="of the network")
@@ -230,6 +276,7 @@ def _parser():
     add("--norm", type=float, help="of the SDE's diffusion")
     add("--last_step", help="of the SDE: mean, euler, tweedie, or empty for none")
     add("--last_step_size", type=float, metavar="T")
+    add("--sample_eps", type=float, metavar="T", help="what an interpolant leaves out at the ends of time")
     add("--eta", type=float, help="of DDIM: 0 deterministic")
     add("--rtol", type=float, help="of dopri5")
     add("--atol", type=float, help="of dopri5")

@@ -36,7 +36,7 @@ def test_a_file_is_described_and_written_in_another_form(published, tmp_path, ca
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--to=diffusers:OUT"], "is a generator; write dit:FILE or sit:FILE"), (["--to=sit:OUT.ckpt"], "or .pt"),
+    (["--to=diffusers:OUT"], "is a generator; write dit:FILE, sit:FILE, repa:FILE"), (["--to=sit:OUT.ckpt"], "or .pt"),
     (["--scale=2"], "--scale: autoencoders have it"), (["--to=dit:OUT.pt"], "these weights are a sit's"),
 ])
 def test_what_generators_do_not_have_is_refused(published, tmp_path, monkeypatch, capsys, arguments, message):

@@ -25,10 +25,11 @@ def get_config(name="sit", variant="smoke"):
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory):
-    """Two caches of photographs at 8 pixels, of two autoencoders."""
+    """Caches of photographs: at 8 pixels, of two autoencoders, and at 16."""
     root = tmp_path_factory.mktemp("caches")
-    for name, autoencoder in (("one", "init:smoke"), ("other", "init:sd3-smoke")):
-        arguments = [f"--autoencoder={autoencoder}", "--images=photos", "--image_size=8", "--batch_size=3"]
+    kinds = (("one", "init:smoke", 8), ("other", "init:sd3-smoke", 8), ("large", "init:smoke", 16))
+    for name, autoencoder, side in kinds:
+        arguments = [f"--autoencoder={autoencoder}", "--images=photos", f"--image_size={side}", "--batch_size=3"]
         assert encode.main([*arguments, f"--output={root / name}"]) == 0
     return root
 
@@ -76,7 +77,12 @@ def test_an_unknown_variant_is_named_with_the_known_ones(variant):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"data.latents": ""}, "python -m eqvae_jax.encode"), ({"data.latents": "{caches}"}, "holds no cache of latents"),
+    ({"data.latents": ""}, "python -m eqvae_jax.encode"),
+    ({"data.evaluation": "{caches}/large"}, r"has the shape \(8, 8, 4\), and .* \(4, 4, 4\)"),
+    ({"training.preview_every": 2, "sampling.sampler": "sde", "sampling.evaluations": 1}, "evaluations is 1"),
+    ({"training.preview_every": 2, "evaluation.preview": 0}, "evaluation.preview is 0"),
+    ({"label_dropout": 0.0}, "guidance needs a network"), ({"init": "workdir:nowhere"}, "nowhere"),
+    ({"data.latents": "{caches}"}, "holds no cache of latents"),
     ({"data.evaluation": "{caches}/other"}, "another autoencoder"), ({"data.scale": "none"}, "data.scale is 'none'"),
     ({"data.scale": "autoencoder"}, "data.scale=measured"), ({"model.preset": "M/2"}, "no DiT named 'M/2'"),
     ({"process.path": "cosine"}, "'cosine'"), ({"sampling.sampler": "ddim"}, "this generator's process has sde"),
@@ -146,6 +152,74 @@ def test_the_distance_while_training_is_that_of_the_set_that_sample_makes(caches
                           f"--features=workdir:{tmp_path / 'cnn'}", "--cache=", f"--output={tmp_path}"]) == 0
     results = json.loads((tmp_path / "metrics.json").read_text())["results"]
     assert next(iter(results.values()))["fid(fashion-cnn)"] == pytest.approx(logged, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A classifier of two steps, which looks at images of 8 x 8 as 2 x 2 places."""
+    config = runpy.run_path(str(ROOT / "configs" / "fashion_classifier.py"))["get_config"]("smoke")
+    config.data.image_size = 8
+    assert main.train(config, tmp_path_factory.mktemp("classifier") / "cnn") == 0
+    return tmp_path_factory.getbasetemp() / "classifier0" / "cnn"
+
+
+@pytest.fixture(scope="module")
+def with_images(tmp_path_factory):
+    output = tmp_path_factory.mktemp("with_images") / "latents"
+    assert encode.main(["--autoencoder=init:smoke", "--images=photos", "--image_size=8", "--batch_size=3",
+                        "--keep_images", f"--output={output}"]) == 0
+    return output
+
+
+def aligned(with_images, classifier, **changes):
+    config = get_config("repa")
+    config.data.latents, config.training.preview_every = str(with_images), 0
+    config.alignment.encoder = f"workdir:{classifier}"
+    config.model.patch_size = 2                               # 4 x 4 latents, 2 x 2 tokens, 2 x 2 places
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def test_repa_trains_resumes_and_samples(with_images, classifier, tmp_path):
+    longer = aligned(with_images, classifier, **{"training.steps": 4, "optimizer.learning_rate": 0.05})
+    assert main.train(longer, tmp_path / "run") == 0
+    rows = [row for row in rows_of(tmp_path / "run") if row["split"] == "train"]
+    assert all(row["loss"] == pytest.approx(row["denoising"] + 0.5 * row["alignment"], rel=1e-5) for row in rows)
+    longer.training.steps = 2
+    assert main.train(longer, tmp_path / "again") == 0
+    longer.training.steps = 4
+    assert main.train(longer, tmp_path / "again") == 0
+    jax.tree.map(np.testing.assert_array_equal, *(load_params(tmp_path / run, "ema")[0] for run in ("run", "again")))
+    from eqvae_jax import weights
+
+    model, params, spec = weights.load_generator(f"workdir:{tmp_path / 'run'}")
+    assert spec.kind == "repa" and not model.reversed_time and "projector_out" in params
+    assert sample.main([f"--generator=workdir:{tmp_path / 'run'}", "--count=2", f"--output={tmp_path / 's.npz'}"]) == 0
+    started = aligned(with_images, classifier, **{"init": f"workdir:{tmp_path / 'run'}", "training.steps": 1,
+                                                  "optimizer.learning_rate": 0.0})
+    assert main.train(started, tmp_path / "started") == 0
+    start = load_params(tmp_path / "started", "params")[0]["generator"]
+    jax.tree.map(np.testing.assert_array_equal, start, load_params(tmp_path / "run", "ema")[0]["generator"])
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"alignment.encoder": ""}, "dinov2:FILE"), ({"alignment.encoder": "clip:x"}, "must be one of"),
+    ({"data.latents": "{caches}/one"}, "encode again with --keep_images"), ({"alignment.depth": 2}, "blocks 1 to 1"),
+    ({"model.patch_size": 1}, "sees 4 places in images of 8 x 8, and the generator has 4 x 4 tokens"),
+    ({"init": "init"}, "does not say what it is"),
+])
+def test_alignments_that_cannot_be_are_refused(caches, with_images, classifier, tmp_path, changes, message):
+    changes = {name: value.format(caches=caches) if isinstance(value, str) else value
+               for name, value in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        main.train(aligned(with_images, classifier, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_starts_from_weights_of_the_same_model_only(caches, finished, tmp_path):
+    config = small(caches, **{"init": f"workdir:{finished}", "model.width": 32})
+    with pytest.raises(ValueError, match="another model than this config's: width 16 instead of 32"):
+        main.train(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["sit", "dit"])

@@ -3,26 +3,65 @@
 import os
 import pathlib
 import runpy
+import signal
+import socket
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from eqvae_jax import encode, main, sample
 from eqvae_jax.evaluation.samples import open_samples
 from eqvae_jax.run.sampling import Sampler
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-COUNT = 11
+COUNT, CLASSES = 11, 3
+CHILD = """
+import os, signal, sys
+import jax
+from eqvae_jax import sample
+from eqvae_jax.run.sampling import Sampler
+from eqvae_jax.training import sharding
+
+mode, *arguments = sys.argv[1:]
+if mode == "killed":  # in the middle of the third batch
+    images, made = Sampler.images, []
+
+    def killed(self, params, numbers, labels):
+        if len(made) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        made.append(numbers)
+        return images(self, params, numbers, labels)
+
+    Sampler.images = killed
+elif mode.startswith("process"):  # whose devices are not beside one another in the mesh, as on TPU pods
+    port, number = mode.split(":")[1:]
+    jax.distributed.initialize(f"localhost:{port}", 2, int(number))
+    make_mesh = sharding.make_mesh
+    sharding.make_mesh = lambda config: make_mesh(config, [jax.devices()[i] for i in (0, 2, 1, 3)])
+sys.exit(sample.main(arguments))
+"""
+
+
+def child(mode, arguments, devices=1):
+    flags = os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen([sys.executable, "-c", CHILD, mode, *arguments], stdout=subprocess.PIPE,
+                            env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}, stderr=subprocess.STDOUT,
+                            text=True)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Arguments that name a SiT of two steps on 4 x 4 latents of photographs; its images have 8 x 8 pixels."""
+    """Arguments that name a SiT of two steps on 4 x 4 latents of 3 classes; its images have 8 x 8 pixels."""
     root = tmp_path_factory.mktemp("trained")
-    arguments = ["--autoencoder=init:smoke", "--images=photos", "--image_size=8", "--batch_size=3"]
+    for i in range(2 * CLASSES):
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)
+        (root / "images" / "abc"[i % CLASSES]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(root / "images" / "abc"[i % CLASSES] / f"{i}.png")
+    arguments = ["--autoencoder=init:smoke", f"--images=folder:{root / 'images'}", "--image_size=8", "--batch_size=3"]
     assert encode.main([*arguments, f"--output={root / 'latents'}"]) == 0
     config = runpy.run_path(str(ROOT / "configs" / "sit.py"))["get_config"]("smoke")
     config.data.latents, config.training.preview_every = str(root / "latents"), 0
@@ -58,18 +97,41 @@ def test_the_set_is_adms_and_says_how_it_was_made(whole, tmp_path):
     assert made["autoencoder"]["hash"] == made["generator"]["latents"]["hash"]
 
 
-def test_another_batch_and_eight_devices_make_the_same_images(trained, whole, tmp_path):
+def test_another_batch_eight_devices_and_two_hosts_make_the_same_images(trained, whole, tmp_path):
     (tmp_path / "whole.npz").write_bytes(whole)
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
-    command = [sys.executable, "-m", "eqvae_jax.sample", *trained, f"--output={tmp_path / 'eight.npz'}"]
-    eight = subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert sample.main([*trained, "--batch_size=64", f"--output={tmp_path / 'large.npz'}"]) == 0
-    printed, _ = eight.communicate(timeout=300)
-    assert eight.returncode == 0 and "8 at a time" in printed, printed
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    running = [child("eight", [*trained, f"--output={tmp_path / 'eight.npz'}"], devices=8)]
+    running += [child(f"process:{port}:{i}", [*trained, f"--output={tmp_path / 'hosts.npz'}"], devices=2)
+                for i in range(2)]
+    try:
+        assert sample.main([*trained, "--batch_size=64", f"--output={tmp_path / 'large.npz'}"]) == 0
+        printed = [process.communicate(timeout=300)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0, 0], printed
+    assert "8 at a time" in printed[0]
     expected = images_of(tmp_path / "whole.npz").astype(int)
-    for name in ("large", "eight"):
+    for name in ("large", "eight", "hosts"):
         assert np.abs(images_of(tmp_path / f"{name}.npz") - expected).max() <= 1, name
+
+
+def test_a_killed_set_goes_on_to_the_same_bytes_and_so_does_one_killed_at_its_end(trained, whole, tmp_path):
+    output = tmp_path / "samples.npz"
+    killed = child("killed", [*trained, f"--output={output}"])
+    assert killed.wait(timeout=300) == -signal.SIGKILL
+    unfinished = sample.partial_path(output)
+    assert unfinished.stat().st_size == 8 * 8 * 8 * 3 and not output.exists()
+    beside, rows = unfinished.with_suffix(".json").read_bytes(), None
+    assert sample.main([*trained, f"--output={output}"]) == 0
+    assert output.read_bytes() == whole
+    rows = images_of(output).tobytes()                        # as if it had been killed before it could tidy up
+    unfinished.write_bytes(rows)
+    unfinished.with_suffix(".json").write_bytes(beside)
+    assert sample.main([*trained, f"--output={output}"]) == 0
+    assert output.read_bytes() == whole and not unfinished.exists()
 
 
 @pytest.mark.parametrize("lost", [0, 5])                      # bytes of the file's end that a crash took away
@@ -98,16 +160,38 @@ def test_an_interrupted_set_goes_on_to_the_same_bytes(trained, whole, tmp_path, 
 
 
 def test_classes_are_drawn_taken_in_turn_or_one(trained, whole, tmp_path):
-    classes = 1                                               # photographs have one
-    for policy, expected in (("balanced", np.arange(3) % classes), (str(classes), np.full(3, classes))):
+    (tmp_path / "whole.npz").write_bytes(whole)
+    found = {"uniform": np.load(tmp_path / "whole.npz")["arr_1"]}
+    for policy in ("balanced", "1", str(CLASSES)):
         output = tmp_path / f"{policy}.npz"
-        assert sample.main([*trained, f"--classes={policy}", "--count=3", f"--output={output}"]) == 0
-        assert np.load(output)["arr_1"].tolist() == expected.tolist()
+        assert sample.main([*trained, f"--classes={policy}", "--count=5", f"--output={output}"]) == 0
+        found[policy] = np.load(output)["arr_1"]
+    assert found["balanced"].tolist() == [0, 1, 2, 0, 1]
+    assert found["1"].tolist() == [1] * 5 and found[str(CLASSES)].tolist() == [CLASSES] * 5
+    assert set(found["uniform"].tolist()) == {0, 1, 2} and found["uniform"].tolist() != (np.arange(COUNT) % 3).tolist()
+
+
+def test_images_of_nan_are_refused_by_number(trained, tmp_path, capsys, monkeypatch):
+    place = Sampler.place
+    broken = lambda self, params: jax.tree.map(lambda leaf: leaf * np.nan, place(self, params))
+    monkeypatch.setattr(Sampler, "place", broken)
+    assert sample.main([*trained, f"--output={tmp_path / 'x.npz'}"]) == 2
+    assert "images 0, 1, 2, 3 (in all 4) came out as NaN" in capsys.readouterr().err
+    assert not (tmp_path / "x.npz").exists()
+
+
+def test_sbdm_runs_once_the_end_of_time_is_left_out(trained, tmp_path, capsys):
+    arguments = [*trained, "--form=SBDM", "--count=2", f"--output={tmp_path / 'x.npz'}"]
+    assert sample.main(arguments) == 2
+    assert "sample_eps" in capsys.readouterr().err
+    assert sample.main([*arguments, "--sample_eps=0.01"]) == 0
+    assert open_samples(tmp_path / "x.npz").made_with["sample_eps"] == 0.01
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["--autoencoder=init:sd3-smoke"], "is another autoencoder (hash "),
-    (["--classes=7"], "neither uniform nor balanced nor a class of this generator, 0 to 0"),
+    (["--classes=7"], "neither uniform nor balanced nor a class of this generator, 0 to 2"),
+    (["--heads=2"], "a run says it itself"), (["--path=gvp"], "a run says it itself"),
     (["--classes=first"], "--classes=first"), (["--sampler=ddpm"], "this generator's process has sde"),
     (["--count=0"], "at least 1"), (["--generator=workdir:nowhere"], "nowhere"),
     (["--output=set.npy"], "must end in .npz"), (["--evaluations=1"], "evaluations is 1"),
@@ -146,13 +230,3 @@ def test_a_public_file_needs_to_be_told_its_autoencoder(tmp_path, capsys, kind, 
     assert images_of(tmp_path / "s.npz").shape == (2, 8, 8, 3)
     made = open_samples(tmp_path / "s.npz").made_with
     assert made["sampling"]["guidance_channels"] == 3 and made["autoencoder"]["reference"] == "init:smoke"
-
-
-def test_a_run_on_other_latents_and_a_run_without_an_autoencoder_say_so(tmp_path):
-    config = runpy.run_path(str(ROOT / "configs" / "dit.py"))["get_config"]("smoke")
-    with pytest.raises(ValueError, match="python -m eqvae_jax.encode"):
-        main.train(config, tmp_path / "run")
-    config.data.latents = str(tmp_path)
-    with pytest.raises(ValueError, match="holds no cache of latents"):
-        main.train(config, tmp_path / "run")
-    assert not (tmp_path / "run").exists()

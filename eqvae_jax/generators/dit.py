@@ -222,16 +222,16 @@ def describe(model):
     return {field.name: getattr(model, field.name) for field in dataclasses.fields(model) if field.name not in _HOW}
 
 
-def from_description(values):
-    """The model that `describe` described; entries that are no fields of it are left out.
+def from_description(values, kind=DiT):
+    """The model that `describe` described; entries that are no fields of it are left out. kind: DiT, or a class of it.
 
     Raises ValueError with the fields that are missing or are no numbers.
     """
-    names = [field.name for field in dataclasses.fields(DiT) if field.name not in _HOW]
+    names = [field.name for field in dataclasses.fields(kind) if field.name not in _HOW]
     wrong = [name for name in names if not isinstance(values.get(name), int | float)]
     if wrong:
-        raise ValueError(f"the description of a DiT lacks {', '.join(wrong)}, or they are no numbers")
-    return DiT(**{name: values[name] for name in names})
+        raise ValueError(f"the description of a {kind.__name__} lacks {', '.join(wrong)}, or they are no numbers")
+    return kind(**{name: values[name] for name in names})
 
 
 def forward_macs(model):

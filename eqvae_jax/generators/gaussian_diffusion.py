@@ -62,8 +62,8 @@ def respace(diffusion: GaussianDiffusion, spacing: str) -> GaussianDiffusion:
 def _even_steps(total, spacing):
     digits = spacing.removeprefix("ddim")
     if not (digits.isascii() and digits.isdigit() and 1 <= int(digits) <= total):
-        raise ValueError(f"spacing is {spacing!r}; it must be a number of steps, 1 .. {total}, like \"250\", or "
-                         "\"ddim250\" for DDIM's grid.")
+        raise ValueError(f"spacing is {spacing!r}; it is a number of evaluations, 1 .. {total}, like \"250\", "
+                         "or \"ddim250\" for DDIM's grid.")
     count = int(digits)
     if spacing.startswith("ddim"):
         stride = next((s for s in range(1, total + 1) if len(range(0, total, s)) == count), None)
@@ -107,19 +107,30 @@ def draw_steps(diffusion: GaussianDiffusion, key, index):
     return jax.vmap(draw)(index)
 
 
-def loss(diffusion: GaussianDiffusion, network, x, t_index, noise):
+def noised(diffusion: GaussianDiffusion, x, t_index, noise):
+    """What the network sees of latents x (B,h,w,C) at steps (B,): sqrt(alpha_bar) x + sqrt(1 - alpha_bar) noise."""
+    at = _lookup(t_index)
+    return at(np.sqrt(diffusion.alphas_bar)) * x + at(np.sqrt(1.0 - diffusion.alphas_bar)) * noise
+
+
+def network_time(diffusion: GaussianDiffusion, t_index):
+    """Steps (B,) of this process as the network is told them: those of the process it was trained on, float32."""
+    return jnp.asarray(diffusion.timestep_map, jnp.float32)[t_index]
+
+
+def loss(diffusion: GaussianDiffusion, output, x, t_index, noise):
     """DiT's loss of each example: {"loss", "mse", "vb"}, each (B,); loss = mse + vb.
 
     mse is that of the predicted noise; vb is the step's term of the variational bound in bits per value, through which
     only the variance learns. At step 0 it is the likelihood of an 8-bit image, which the released code applies to
     latents as well.
 
-    x: latents (B,h,w,C), in the network's scale. t_index: (B,), 0 .. T - 1 of THIS process. noise: (B,h,w,C).
-    Raises ValueError if the network does not give 2C channels.
+    output: the network's (B,h,w,2C), at `noised` latents and their `network_time`. x: latents (B,h,w,C), in the
+    network's scale. t_index: (B,), 0 .. T - 1 of THIS process. noise: (B,h,w,C). Raises ValueError if the network does
+    not give 2C channels.
     """
-    at = _lookup(t_index)
-    x_t = at(np.sqrt(diffusion.alphas_bar)) * x + at(np.sqrt(1.0 - diffusion.alphas_bar)) * noise
-    eps, logits = _predict(diffusion, network, x_t, t_index)
+    at, x_t = _lookup(t_index), noised(diffusion, x, t_index, noise)
+    eps, logits = _noise_and_variance(output, x_t)
     mse = _mean(jnp.square(noise - eps))
 
     log_variance = _log_variance(diffusion, logits, at)
@@ -174,14 +185,18 @@ def _lookup(t_index):
 
 
 def _predict(diffusion, network, x_t, t_index, variance=True):
-    """(noise, logits of the variance), float32, each like x_t."""
-    output = network(x_t, jnp.asarray(diffusion.timestep_map, jnp.float32)[t_index]).astype(jnp.float32)
+    return _noise_and_variance(network(x_t, network_time(diffusion, t_index)), x_t, variance)
+
+
+def _noise_and_variance(output, x_t, variance=True):
+    """(noise, logits of the variance), float32, each like x_t, from a network's output."""
     channels = x_t.shape[-1]
     allowed = (2 * channels,) if variance else (channels, 2 * channels)
     if output.shape[:-1] != x_t.shape[:-1] or output.shape[-1] not in allowed:
         shapes = " or ".join(str((*x_t.shape[:-1], c)) for c in allowed)
         raise ValueError(f"The network gave {output.shape} for latents {x_t.shape}; it must give {shapes}: the noise "
                          f"and the logits of its variance (out_channels={2 * channels}).")
+    output = output.astype(jnp.float32)
     return output[..., :channels], output[..., channels:]                     # (B,h,w,C) each
 
 

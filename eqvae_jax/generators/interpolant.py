@@ -120,7 +120,7 @@ def estimate(interpolant: Interpolant, network, x_t, t) -> Estimate:
 
     Raises ValueError if the network's output is not shaped like x_t.
     """
-    output = _output(network, x_t, t)
+    output = _checked(network(x_t, t), x_t)
     path = Coefficients(*(c[:, None, None, None] for c in interpolant.coefficients(t)))
     if interpolant.prediction == "velocity":
         return Estimate(output, (path.alpha * output - path.alpha_prime * x_t) / path.wronskian)
@@ -128,15 +128,21 @@ def estimate(interpolant: Interpolant, network, x_t, t) -> Estimate:
     return Estimate((path.alpha_prime * x_t + path.wronskian * noise) / path.alpha, noise)
 
 
-def loss(interpolant: Interpolant, network, x, t, noise):
-    """Mean squared error of what the network predicts, of each example: {"loss": (B,)}.
+def noised(interpolant: Interpolant, x, t, noise):
+    """x_t = alpha_t x + sigma_t noise: what the network sees of latents x (B,h,w,C) at times t (B,)."""
+    at = interpolant.coefficients(t)                                          # (B,) each
+    return at.alpha[:, None, None, None] * x + at.sigma[:, None, None, None] * noise
 
-    x: latents (B,h,w,C), in the network's scale. t: (B,), from `draw_times`. noise: (B,h,w,C), standard normal. Raises
-    ValueError if the network's output is not shaped like x.
+
+def loss(interpolant: Interpolant, output, x, t, noise):
+    """Mean squared error of the network's output at x_t, of each example: {"loss": (B,)}.
+
+    output: (B,h,w,C). x: latents (B,h,w,C), in the network's scale. t: (B,), from `draw_times`. noise: (B,h,w,C),
+    standard normal. Raises ValueError if the output is not shaped like x.
     """
     at = interpolant.coefficients(t)                                          # (B,) each
     path = Coefficients(*(c[:, None, None, None] for c in at))                # (B,1,1,1) each
-    output = _output(network, path.alpha * x + path.sigma * noise, t)
+    output = _checked(output, x)
     if interpolant.prediction == "velocity":
         return {"loss": _mean_square(output - (path.alpha_prime * x + path.sigma_prime * noise))}
     residual = output - noise if interpolant.prediction == "noise" else path.sigma * output + noise
@@ -163,12 +169,11 @@ def draw_times(interpolant: Interpolant, key, index, distribution="uniform"):
     return jnp.clip(t, low, high)
 
 
-def _output(network, x_t, t):
-    output = network(x_t, t).astype(jnp.float32)
-    if output.shape != x_t.shape:
-        raise ValueError(f"The network gave {output.shape} for latents {x_t.shape}; an interpolant's network gives as "
-                         f"many channels as it takes: build it with out_channels={x_t.shape[-1]}.")
-    return output
+def _checked(output, x):
+    if output.shape != x.shape:
+        raise ValueError(f"The network gave {output.shape} for latents {x.shape}; an interpolant's network gives as "
+                         f"many channels as it takes: build it with out_channels={x.shape[-1]}.")
+    return output.astype(jnp.float32)
 
 
 def _mean_square(residual):

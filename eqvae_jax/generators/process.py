@@ -44,16 +44,26 @@ class Sampling:
     atol: float = 1e-6
 
 
+class Corrupted(NamedTuple):
+    """x_t: what the network sees of a batch. t: (B,), the time that it is told. truth: what the loss compares with."""
+
+    x_t: jax.Array
+    t: jax.Array
+    truth: tuple
+
+
 class Process(NamedTuple):
     """kind: of KINDS. outputs: C of the latents -> how many channels the network gives.
 
-    loss: (network, x (B,h,w,C), key, index (B,)) -> {"loss", ...}, (B,) each; times and noise of an example depend on
-      the key and its index alone. sample: (network_of_labels, labels (B,), null, keys (B,), shape (h,w,C), Sampling) ->
-      latents (B,h,w,C), those of an example depending on its own key alone.
+    corrupt: (x (B,h,w,C), key, index (B,)) -> Corrupted; times and noise of an example depend on the key and its index
+      alone. loss: (the network's prediction, Corrupted) -> {"loss", ...}, (B,) each.
+    sample: (network_of_labels, labels (B,), null, keys (B,), shape (h,w,C), Sampling) -> latents (B,h,w,C), those of an
+      example depending on its own key alone, but for dopri5, whose steps suit a whole batch.
     """
 
     kind: str
     outputs: Callable
+    corrupt: Callable
     loss: Callable
     sample: Callable
 
@@ -109,15 +119,19 @@ def _guided(network_of_labels, labels, null, settings, level):
 
 
 def _diffusion(process):
-    def loss(network, x, key, index):
+    def corrupt(x, key, index):
         steps_key, noise_key = jax.random.split(key)
         steps = gaussian_diffusion.draw_steps(process, steps_key, index)
         noise = normal(example_keys(noise_key, index), 0, x.shape[1:])
-        return gaussian_diffusion.loss(process, network, x, steps, noise)
+        x_t = gaussian_diffusion.noised(process, x, steps, noise)
+        return Corrupted(x_t, gaussian_diffusion.network_time(process, steps), (x, steps, noise))
+
+    def loss(prediction, corrupted):
+        return gaussian_diffusion.loss(process, prediction, *corrupted.truth)
 
     def sample(network_of_labels, labels, null, keys, shape, settings):
         stochastic = settings.sampler in ("", "ddpm")
-        # Each sampler on the grid of its released command: DDIM's is another one where the stride is whole.
+        # Both on DDPM's grid, which ends at step 999, as EQ-VAE's own command runs DDIM; "ddim250" would end at 996.
         steps = gaussian_diffusion.respace(process, str(settings.evaluations))
         network = _guided(network_of_labels, labels, null, settings, gaussian_diffusion.noise_level(process))
         start, noise = normal(keys, 0, shape), lambda i: normal(keys, 1 + i, shape)
@@ -125,18 +139,21 @@ def _diffusion(process):
             return gaussian_diffusion.ddpm(steps, network, start, noise)
         return gaussian_diffusion.ddim(steps, network, start, noise, settings.eta)
 
-    return Process("diffusion", lambda channels: 2 * channels, loss, sample)
+    return Process("diffusion", lambda channels: 2 * channels, corrupt, loss, sample)
 
 
 def _interpolant(path, times):
     if times not in ("uniform", "lognormal"):
         raise ValueError(f"process.times is {times!r}; it must be \"uniform\" or \"lognormal\".")
 
-    def loss(network, x, key, index):
+    def corrupt(x, key, index):
         times_key, noise_key = jax.random.split(key)
         t = interpolant.draw_times(path, times_key, index, times)
         noise = normal(example_keys(noise_key, index), 0, x.shape[1:])
-        return interpolant.loss(path, network, x, t, noise)
+        return Corrupted(interpolant.noised(path, x, t, noise), t, (x, t, noise))
+
+    def loss(prediction, corrupted):
+        return interpolant.loss(path, prediction, *corrupted.truth)
 
     def sample(network_of_labels, labels, null, keys, shape, settings):
         network = _guided(network_of_labels, labels, null, settings, path.noise_level)
@@ -150,11 +167,13 @@ def _interpolant(path, times):
             return samplers.ode(path, network, start, method=sampler, rtol=settings.rtol, atol=settings.atol)
         return samplers.ode(path, network, start, method=sampler, evaluations=settings.evaluations)
 
-    return Process("interpolant", lambda channels: channels, loss, sample)
+    return Process("interpolant", lambda channels: channels, corrupt, loss, sample)
 
 
 def make_images(model, process, settings, space, decode):
-    """(params, decoder's params, keys (B,), labels (B,)) -> uint8 images (B,H,W,3), to be jitted by the caller.
+    """(params, decoder's params, keys (B,), labels (B,)) -> (uint8 images (B,H,W,3), whether each is finite (B,)).
+
+    To be jitted by the caller.
 
     model: a network of (x, t, labels) as `dit.DiT`. space: its `to_autoencoder` undoes scale and shift. decode:
     (params, latents) -> images in [-1, 1]. 8 bits are DiT's: 127.5 x + 128, cut off, which gives every level back.
@@ -164,6 +183,7 @@ def make_images(model, process, settings, space, decode):
         shape = (model.input_size, model.input_size, model.in_channels)
         z = process.sample(network, labels, model.classes, keys, shape, settings)      # (B,h,w,C)
         pixels = decode(decoder, space.to_autoencoder(z))                              # (B,H,W,3)
-        return jnp.clip(127.5 * pixels + 128.0, 0.0, 255.0).astype(jnp.uint8)
+        finite = jnp.isfinite(pixels).all((1, 2, 3))                                   # NaN would become 0
+        return jnp.clip(127.5 * pixels + 128.0, 0.0, 255.0).astype(jnp.uint8), finite
 
     return images

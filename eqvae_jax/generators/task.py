@@ -1,13 +1,15 @@
-"""The generators' task for the one training loop: DiT and SiT on cached latents."""
+"""The generators' task for the one training loop: DiT, SiT and REPA on cached latents."""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from eqvae_jax.generators.dit import drop_labels
 from eqvae_jax.generators.process import example_keys, normal
+from eqvae_jax.generators.repa import alignment_loss
 from eqvae_jax.training.loop import Task
 from eqvae_jax.training.optimizer import ema_update, guarded, make_optimizer
 from eqvae_jax.training.sharding import state_shardings
@@ -16,20 +18,21 @@ from eqvae_jax.training.state import TrainState
 ROLE = "generator"  # in the state's dicts
 
 
-def check(config, model, process, shape, mesh):
+def check(config, model, process, shape, classes, mesh):
     """Raises ValueError, naming the config's field, where numbers do not fit together; before anything is compiled.
 
-    shape: (h, w, C) of the latents.
+    shape, classes: (h, w, C) of the latents, and how many labels they have.
     """
     micro = mesh.size * config.training.accumulate
     if config.training.accumulate < 1 or config.data.batch_size < 1 or config.data.batch_size % micro:
         raise ValueError(f"data.batch_size is {config.data.batch_size}; it must be a multiple of {mesh.size} devices x "
                          f"training.accumulate {config.training.accumulate}.")
-    if config.data.evaluation_batch_size < 1 or config.data.evaluation_batch_size % mesh.size:
-        raise ValueError(f"data.evaluation_batch_size is {config.data.evaluation_batch_size}; it must be a multiple "
-                         f"of the {mesh.size} devices.")
+    if config.data.evaluation_batch_size < 1:
+        raise ValueError(f"data.evaluation_batch_size is {config.data.evaluation_batch_size}; it must be at least 1.")
     if not 0 <= config.label_dropout < 1:
         raise ValueError(f"label_dropout is {config.label_dropout}; it is a share, 0 or more and below 1.")
+    if model.classes < classes:
+        raise ValueError(f"model.classes is {model.classes}, and the latents have {classes} classes; 0 takes as many.")
     if shape[0] != shape[1] or shape[0] % model.patch_size:
         raise ValueError(f"the latents are {shape[0]} x {shape[1]}; this model takes squares whose side divides into "
                          f"patches of {model.patch_size}: choose another model.preset or model.patch_size.")
@@ -38,16 +41,21 @@ def check(config, model, process, shape, mesh):
                          f"{model.out_channels} channels; the latents are {shape}.")
 
 
-def generator_task(config, model, process, space, mesh, *, preview=None, measures=None, init_params=None) -> Task:
+def generator_task(config, model, process, space, mesh, *, alignment=None, preview=None, measures=None,
+                   init_params=None) -> Task:
     """Training of a generator on posteriors of latents.
 
     Args:
       config: reads `seed`, `label_dropout`, `optimizer`, `ema_decay`, `training.{accumulate,steps}`, `mesh`.
       model: (x, t, labels) -> an output with `prediction`, as `dit.DiT`; `model.classes` is the label of no class.
       process: a `process.Process`. space: its `to_model` gives latents their scale.
+      alignment: a `repa.Alignment`, for a model that also says `projected` and batches with `image`.
       preview: (params, batch) -> {name: images}, and measures: name -> (params) -> float, of the averaged weights.
       init_params: weights to start from; None draws them.
     """
+    if alignment:  # committed to the devices once: as host arrays its weights would travel at every step
+        frozen = jax.device_put(alignment.params, NamedSharding(mesh, PartitionSpec()))
+        alignment = alignment._replace(params=frozen, encode=jax.tree_util.Partial(alignment.encode))
     optimizer, schedule = make_optimizer(config.optimizer, config.training.steps)
     root, accumulate = jax.random.key(config.seed), config.training.accumulate
 
@@ -62,38 +70,45 @@ def generator_task(config, model, process, space, mesh, *, preview=None, measure
     init = jax.tree_util.Partial(init, init_params)
     shardings = state_shardings(mesh, jax.eval_shape(init, root), config.mesh.min_shard_size)
 
-    def losses(params, batch, labels, key):
+    def losses(params, alignment, batch, labels, key):
         posterior, rest = jax.random.split(key)
         noise = normal(example_keys(posterior, batch["index"]), 0, batch["mean"].shape[1:])
         x = space.to_model(batch["mean"] + batch["std"] * noise)                       # (B,h,w,C)
-        network = lambda x_t, t: model.apply({"params": params}, x_t, t, labels).prediction
-        return process.loss(network, x, rest, batch["index"])
+        seen = process.corrupt(x, rest, batch["index"])
+        output = model.apply({"params": params}, seen.x_t, seen.t, labels)
+        values = process.loss(output.prediction, seen)
+        if alignment:
+            features = alignment.encode(alignment.params, batch["image"])              # (B,N,Z)
+            distance = alignment_loss(output.projected, features)
+            values |= {"denoising": values["loss"], "alignment": distance,
+                       "loss": values["loss"] + alignment.weight * distance}
+        return values
 
-    def gradients(params, batch, key):
+    def gradients(params, alignment, batch, key):
         dropout, rest = jax.random.split(key)
         keys = example_keys(dropout, batch["index"])
         labels = drop_labels(keys, batch["label"], config.label_dropout, model.classes)
 
         def loss(params):
-            values = jax.tree.map(jnp.mean, losses(params, batch, labels, rest))
+            values = jax.tree.map(jnp.mean, losses(params, alignment, batch, labels, rest))
             return values["loss"], values
 
         grads, values = jax.grad(loss, has_aux=True)(params)
         return grads, values
 
-    def accumulated(params, batch, key):
+    def accumulated(params, alignment, batch, key):
         if accumulate == 1:
-            return gradients(params, batch, key)
+            return gradients(params, alignment, batch, key)
         # Strided, so that each device keeps its own examples.
         split = lambda a: jnp.moveaxis(a.reshape(-1, accumulate, *a.shape[1:]), 1, 0)
-        one = lambda micro: gradients(params, micro, key)  # an example's draws come from its index, not its place
+        one = lambda micro: gradients(params, alignment, micro, key)  # an example's draws come from its own index
         parts = jax.lax.map(one, jax.tree.map(split, batch))
         return jax.tree.map(lambda part: part.mean(0), parts)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-    def train_step(state, batch, step):
+    def update(state, alignment, batch, step):
         params = state.params[ROLE]
-        grads, metrics = accumulated(params, batch, jax.random.fold_in(root, step))
+        grads, metrics = accumulated(params, alignment, batch, jax.random.fold_in(root, step))
         change, opt_state = optimizer.update(grads, state.opt_state[ROLE], params)
         new = {ROLE: optax.apply_updates(params, change)}
         ema = state.ema and ema_update(state.ema, new, config.ema_decay)
@@ -106,11 +121,13 @@ def generator_task(config, model, process, space, mesh, *, preview=None, measure
         return (state.ema or state.params)[ROLE]
 
     @jax.jit
-    def eval_step(state, batch):
+    def evaluate(params, alignment, batch):
         key = jax.random.fold_in(root, 2**32 - 1)  # of no training step: the same times and noise at each evaluation
-        return losses(weights(state), batch, batch["label"], key)
+        return losses(params, alignment, batch, batch["label"], key)
 
     show = preview or (lambda params, batch: {})
     of_weights = lambda measure: lambda state: measure(weights(state))
-    return Task(init, train_step, eval_step, lambda state, batch: show(weights(state), batch), shardings,
+    return Task(init, lambda state, batch, step: update(state, alignment, batch, step),
+                lambda state, batch: evaluate(weights(state), alignment, batch),
+                lambda state, batch: show(weights(state), batch), shardings,
                 measures={name: of_weights(measure) for name, measure in (measures or {}).items()})

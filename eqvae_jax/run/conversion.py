@@ -14,7 +14,7 @@ def check_target(source, target, overwrite):
     """
     path, origin = pathlib.Path(target.rest).resolve(), pathlib.Path(source.rest).resolve()
     folder = target.kind == "diffusers"
-    pickle = ".pt" if target.kind in ("dit", "sit") else ".ckpt"
+    pickle = ".pt" if target.kind in ("dit", "sit", "repa") else ".ckpt"
     if not folder and path.suffix not in (".safetensors", pickle):
         raise ValueError(f"{target}: a file's name ends in .safetensors or {pickle}, which says how it is written.")
     inside = origin == path.parent if source.kind == "diffusers" else origin.is_file() and origin.parent == path

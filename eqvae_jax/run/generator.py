@@ -1,4 +1,6 @@
-"""Wires the training of a generator on cached latents: configs/dit.py, configs/sit.py."""
+"""Wires the training of a generator on cached latents: configs/dit.py, configs/sit.py, configs/repa.py."""
+
+from absl import logging
 
 # JAX and all that imports it is imported where it is first needed: a config that cannot work is refused in a second.
 
@@ -14,12 +16,27 @@ Name it: --config.data.autoencoder=REFERENCE; or train without pictures: --confi
 --config.evaluation.features=""."""
 
 
+NEEDS_ENCODER = """This config aligns the generator with what a frozen encoder sees: --config.alignment.encoder=
+  dinov2:FILE     weights of DINOv2 (dinov2_vitb14_pretrain.pth, or Hugging Face's model.safetensors)
+  workdir:DIR     a run of configs/fashion_classifier.py"""
+
+
 def preflight(config):
     """Checks what can be checked without JAX; raises ValueError that says what to set."""
     if not config.data.latents:
         raise ValueError(NEEDS)
+    if config.alignment and not config.alignment.encoder:
+        raise ValueError(NEEDS_ENCODER)
+    if config.training.preview_every and config.evaluation.preview < 1:
+        raise ValueError(f"evaluation.preview is {config.evaluation.preview}; a picture has at least 1 sample. "
+                         "--config.training.preview_every=0 draws none.")
+    if config.evaluation.features and config.evaluation.samples < 2:
+        raise ValueError(f"evaluation.samples is {config.evaluation.samples}; a Fréchet distance needs at least 2.")
     if config.evaluation.features and not config.evaluation.reference:
         raise ValueError(NEEDS_REFERENCE.format(features=config.evaluation.features))
+    if not config.label_dropout and config.sampling.guidance != 1:
+        raise ValueError(f"sampling.guidance is {config.sampling.guidance:g} but label_dropout 0: guidance needs a "
+                         "network that has learnt without labels too.")
     if config.data.scale not in ("autoencoder", "measured"):
         raise ValueError(f"data.scale is {config.data.scale!r}; it must be \"autoencoder\" or \"measured\".")
     if config.model.dtype not in ("float32", "bfloat16"):
@@ -40,28 +57,78 @@ def train(config, workdir):
     mesh, data = make_mesh(config.mesh), config.data
     latents = cache.open_latents(data.latents)
     held_out = cache.open_latents(data.evaluation) if data.evaluation else latents
-    latents.space.require(held_out.space)
+    check_held_out(latents, held_out)
     space = chosen_space(latents, data.scale)
     process, sampling = make_process(**config.process), Sampling(**config.sampling)
     check_sampling(process, sampling)
-    model = build(config.model, latents, process)
-    check(config, model, process, latents.shape, mesh)
+    model, alignment = build(config.model, latents, process), None
+    if config.alignment:
+        model, alignment = aligned(model, config.alignment, latents)
+    check(config, model, process, latents.shape, latents.manifest["classes"], mesh)
     with config.unlocked():  # what weights.load_generator("workdir:...") rebuilds the model from
-        config.generator = dit.describe(model) | dict(config.process) | dict(kind=KINDS[process.kind])
+        kind = "repa" if alignment else KINDS[process.kind]
+        config.generator = dit.describe(model) | dict(config.process) | dict(kind=kind)
         config.latents = space._asdict()
     preview, measures = pictures(config, model, process, sampling, space, latents, mesh)
-    task = generator_task(config, model, process, space, mesh, preview=preview, measures=measures)
+    task = generator_task(config, model, process, space, mesh, alignment=alignment, preview=preview, measures=measures,
+                          init_params=initial(config, model))
     describe(config, model, process, latents, held_out, space, mesh, parameter_overview)
     batches = loop.Data(
-        train=lambda start: cache.train_batches(latents, batch_size=data.batch_size, seed=config.seed,
-                                                start_step=start, mirror=data.mirror),
-        evaluation=lambda: cache.evaluation_batches(held_out, data.evaluation_batch_size,
-                                                    data.evaluation_limit or None))
+        train=lambda start: cache.train_batches(latents, batch_size=data.batch_size, seed=config.seed, start_step=start,
+                                                mirror=data.mirror, images=bool(alignment)),
+        evaluation=lambda: cache.evaluation_batches(held_out, -(-data.evaluation_batch_size // mesh.size) * mesh.size,
+                                                    data.evaluation_limit or None, images=bool(alignment)))
     state = loop.train(task, batches, config, workdir, mesh)
     return int(int(state.step) < config.training.steps)
 
 
 KINDS = {"diffusion": "dit", "interpolant": "sit"}  # process -> the public files it shares a layout with
+
+
+def check_held_out(latents, held_out):
+    """Raises ValueError where the latents of evaluation are none that the generator could have learnt."""
+    latents.space.require(held_out.space)
+    for name, ours, theirs in (("shape", latents.shape, held_out.shape),
+                               ("class names", *(one.manifest.get("class_names") for one in (latents, held_out)))):
+        if ours != theirs:
+            raise ValueError(f"data.evaluation: {held_out!r} has the {name} {theirs}, and {latents!r} {ours}; both "
+                             "must be the same.")
+    if held_out.manifest["classes"] > latents.manifest["classes"]:
+        raise ValueError(f"data.evaluation: {held_out!r} has {held_out.manifest['classes']} classes, and {latents!r} "
+                         f"{latents.manifest['classes']}.")
+
+
+def initial(config, model):
+    """The parameters of config.init, stacked where the model scans; None where they are drawn, or restored.
+
+    Raises ValueError where they are of another model.
+    """
+    from eqvae_jax import weights
+    from eqvae_jax.generators import dit
+
+    if not config.init:
+        return None
+    found, params, _ = weights.load_generator(config.init, scan=model.scan)
+    ours, theirs = dit.describe(model), dit.describe(found)
+    if different := [f"{name} {theirs.get(name)} instead of {value}" for name, value in ours.items()
+                     if theirs.get(name) != value]:
+        raise ValueError(f"init: {config.init} is another model than this config's: {', '.join(different)}.")
+    return params
+
+
+def aligned(model, section, latents):
+    """(repa.REPA like the model, repa.Alignment) of config.alignment."""
+    import dataclasses
+
+    from eqvae_jax.generators.repa import REPA, Alignment
+    from eqvae_jax.run.alignment import open_encoder
+
+    encoder = open_encoder(section.encoder, model.input_size // model.patch_size, latents.image_shape)
+    fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)
+              if field.name not in ("parent", "name")}
+    model = REPA(**fields | dict(reversed_time=False, alignment_depth=section.depth, feature_size=encoder.feature_size,
+                                 projector_size=section.projector_size))
+    return model, Alignment(encoder.params, encoder.features, section.weight)
 
 
 def chosen_space(latents, scale):
@@ -97,7 +164,7 @@ def build(section, latents, process):
 def pictures(config, model, process, sampling, space, latents, mesh):
     """(preview, measures) for the task: decoded samples of fixed seeds, and their Fréchet distance if asked for."""
     from eqvae_jax import weights
-    from eqvae_jax.run.sampling import Sampler
+    from eqvae_jax.run.sampling import NotFinite, Sampler
 
     settings = config.evaluation
     if not config.training.preview_every and not settings.features:
@@ -107,10 +174,15 @@ def pictures(config, model, process, sampling, space, latents, mesh):
     except ValueError as error:
         raise ValueError(NO_DECODER.format(error=error)) from error
     sampler = Sampler(model, process, sampling, space, autoencoder, mesh, settings.batch_size, seed=config.seed)
+    sampler.check(parameter_shapes(model))
 
     def preview(params, batch):
         labels = sampler.labels("balanced", range(settings.preview))
-        images = sampler.images(params, range(settings.preview), labels)
+        try:
+            images = sampler.images(params, range(settings.preview), labels)
+        except NotFinite as error:
+            logging.warning("No picture: %s", error)
+            return {}
         return {"samples": images.astype("float32") / 127.5 - 1.0}
 
     return preview, frechet(config, sampler, latents) if settings.features else None
@@ -134,22 +206,30 @@ def frechet(config, sampler, latents):
     def measure(params):
         made = (sampler.images(params, numbers[i:i + sampler.batch], labels[i:i + sampler.batch])
                 for i in range(0, settings.samples, sampler.batch))
-        ours = feature_sets.collect(extractor, made, settings.samples, name="samples").gaussian
+        try:
+            ours = feature_sets.collect(extractor, made, settings.samples, name="samples").gaussian
+        except ValueError as error:  # samples of an early or broken network: a number to watch must not end the run
+            logging.warning("No Fréchet distance: %s", error)
+            return float("nan")
         return frechet_distance(real.mu, real.sigma, ours.mu, ours.sigma)
 
     return {f"{feature_sets.label('FID', extractor)}_of_{settings.samples}": measure}
 
 
-def describe(config, model, process, latents, held_out, space, mesh, overview):
-    """Prints, before the first step, the numbers that decide what a run costs and does."""
+def parameter_shapes(model):
+    """Of the parameters under "params", nothing computed."""
     import jax
     import jax.numpy as jnp
 
+    x = jnp.zeros((1, model.input_size, model.input_size, model.in_channels))
+    return jax.eval_shape(model.init, jax.random.key(0), x, jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
+
+
+def describe(config, model, process, latents, held_out, space, mesh, overview):
+    """Prints, before the first step, the numbers that decide what a run costs and does."""
     from eqvae_jax.generators.dit import forward_macs
 
-    x = jnp.zeros((1, *latents.shape))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), x, jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
-    count = overview.count_parameters(shapes)
+    count = overview.count_parameters(parameter_shapes(model))
     print(f"{config.data.latents}: {len(latents):,} latents of {' x '.join(map(str, latents.shape))} in "
           f"{latents.manifest['classes']} classes, times {space.scale:.4g} after - {space.shift:.4g}; evaluated on "
           f"{'the same' if held_out is latents else held_out.directory}.\n"

@@ -4,8 +4,9 @@ import pathlib
 
 from eqvae_jax.run.conversion import parameter_table, show
 
-FILES = ("dit", "sit")
+FILES = ("dit", "sit", "repa")
 OF_AUTOENCODERS = ("scale", "shift", "latent_stats")
+OF_FILES = ("heads", "prediction")  # options that say what a public file does not
 
 
 def is_generator(source, target):
@@ -26,21 +27,25 @@ def convert_generator(options, source, target):
     if unused := [f"--{name}" for name in OF_AUTOENCODERS if getattr(options, name) is not None]:
         raise ValueError(f"{', '.join(unused)}: autoencoders have it; a generator's latents are its run's.")
     if target and target.kind not in FILES:
-        raise ValueError(f"{target}: {source} is a generator; write dit:FILE or sit:FILE.")
-    model, params, spec = weights.load_generator(str(source))
+        raise ValueError(f"{target}: {source} is a generator; write {', '.join(f'{kind}:FILE' for kind in FILES)}.")
+    known = {name: getattr(options, name) for name in OF_FILES if getattr(options, name) is not None}
+    if known and source.kind == "workdir":
+        raise ValueError(f"--{', --'.join(known)}: of files; a run says it itself.")
+    model, params, spec = weights.load_generator(str(source), **known)
     conditioning = ("patch", "time_in", "time_out", "labels")
     blocks = tuple(name for name in params if name.startswith("block_"))
-    show(describe(model, spec), parameter_table(params, (*conditioning, *blocks, "final_modulation", "final"),
-                                                options.verbose))
+    projector = tuple(name for name in params if name.startswith("projector_"))
+    show(describe(model, spec), parameter_table(params, (*conditioning, *blocks, *projector, "final_modulation",
+                                                         "final"), options.verbose))
     if target:
         pathlib.Path(target.rest).parent.mkdir(parents=True, exist_ok=True)
         weights.save_generator(str(target), model, params, spec)
-        show([f"wrote       {target}", verify(target, model, params)])
+        show([f"wrote       {target}", verify(target, model, params, spec)])
 
 
 def describe(model, spec):
     """Lines that say what a generator is and what it learnt."""
-    processes = {"dit": "Gaussian diffusion", "sit": "an interpolant"}
+    processes = {"dit": "Gaussian diffusion", "sit": "an interpolant", "repa": "an interpolant, aligned"}
     size = f"{model.input_size} x {model.input_size} x {model.in_channels}"
     latents = spec.latents and (f"{spec.latents['reference']} (hash {spec.latents['hash']}), times "
                                 f"{spec.latents['scale']:.6g} after - {spec.latents['shift']:.6g}")
@@ -55,7 +60,7 @@ def describe(model, spec):
     ]
 
 
-def verify(target, model, params):
+def verify(target, model, params, spec):
     """Reads the target back; returns a line that says how far its network's output is from the original's.
 
     Raises ValueError where it is more than rounding.
@@ -67,7 +72,7 @@ def verify(target, model, params):
 
     advice = "Do not use it; write it again, and if that does not help, to another disk."
     try:
-        back, read, _ = weights.load_generator(str(target))
+        back, read, _ = weights.load_generator(str(target), prediction=spec.process.get("prediction", "velocity"))
     except (ValueError, OSError) as error:
         raise ValueError(f"{target} was written but cannot be read back: {error}\n{advice}") from error
     rng = np.random.default_rng(0)

@@ -7,13 +7,20 @@ from jax.sharding import NamedSharding, PartitionSpec
 from eqvae_jax.evaluation.reconstruction import functions
 from eqvae_jax.generators.process import example_keys, make_images
 from eqvae_jax.training.metrics import to_host
-from eqvae_jax.training.sharding import put
+from eqvae_jax.training.sharding import AXES
 
 POLICIES = ("uniform", "balanced")
 
 
+class NotFinite(ValueError):
+    """A generator's latents hold NaN or infinity."""
+
+
 class Sampler:
-    """Makes image number n of a set, for any n, from (seed, n) alone: neither batch nor devices matter."""
+    """Makes image number n of a set, for any n, from (seed, n) alone: neither batch nor devices matter.
+
+    But for dopri5, which takes steps that suit a whole batch.
+    """
 
     def __init__(self, model, process, settings, space, autoencoder, mesh, batch, seed=0):
         """autoencoder: (model, params, spec) that decodes; batch: images at a time, rounded up to the devices.
@@ -58,7 +65,10 @@ class Sampler:
         return np.full(len(numbers), int(policy), np.int32)
 
     def images(self, params, numbers, labels):
-        """uint8 (N,H,W,3) of the images with these numbers (N,) and labels (N,); params: the generator's."""
+        """uint8 (N,H,W,3) of the images with these numbers (N,) and labels (N,); params: the generator's.
+
+        Raises NotFinite, which names them, where images would be of NaN: as pixels they look like any other.
+        """
         numbers, labels = np.asarray(numbers, np.int32), np.asarray(labels, np.int32)
         parts = []
         for start in range(0, len(numbers), self.batch):
@@ -67,8 +77,21 @@ class Sampler:
         return np.concatenate(parts)
 
     def _batch(self, params, numbers, labels):
-        short = self.batch - len(numbers)  # padded, so that one program is compiled
-        local = lambda a: np.array_split(np.pad(a, (0, short)), jax.process_count())[jax.process_index()]
-        placed = put(self.mesh, {"number": local(numbers), "label": local(labels)})
-        made = self._images(params, self._decoder, self._key, placed["number"], placed["label"])
-        return to_host(made)[: len(numbers)]
+        made = self._images(params, self._decoder, self._key, self._spread(numbers), self._spread(labels))
+        images, finite = (to_host(part)[: len(numbers)] for part in made)
+        if not finite.all():
+            raise NotFinite(f"images {', '.join(map(str, numbers[~finite][:5]))} (in all {(~finite).sum()}) came out "
+                            "as NaN or infinity: the generator's weights are broken, or its sampler failed (dopri5: "
+                            "larger tolerances; bfloat16: float32).")
+        return images
+
+    def _spread(self, values):
+        """A batch over the devices, which on a pod are not in the order of their hosts: each takes its rows of it."""
+        padded = np.pad(values, (0, self.batch - len(values)))  # so that one program is compiled
+        return jax.make_array_from_callback(padded.shape, NamedSharding(self.mesh, PartitionSpec(AXES)),
+                                            lambda rows: padded[rows])
+
+    def check(self, params):
+        """Traces all that a set needs, so that what does not fit raises ValueError now; params may be shapes."""
+        number = jax.ShapeDtypeStruct((self.batch,), np.int32)
+        jax.eval_shape(self._images, params, self._decoder, self._key, number, number)

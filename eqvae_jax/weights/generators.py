@@ -1,8 +1,7 @@
-"""Generators from references and into files: `load_generator` and `save_generator`; strict tables for DiT and SiT.
+"""Generators from references and into files: `load_generator` and `save_generator`; strict tables for DiT, SiT, REPA.
 
-The two share names and shapes. Public SiT counts its time from noise to data and predicts the velocity that way, so
-its network is given 1 - t, and its last layer changes sign when a file is read or written; and of its 8 channels only
-the first half is used.
+They share names and shapes. Public SiT runs the other way through time (weights/sit.py). REPA's files have 4 channels,
+our own time, and the projector.
 """
 
 import dataclasses
@@ -15,16 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eqvae_jax.generators.dit import DiT, describe, from_description, positions, time_rates
+from eqvae_jax.generators.dit import DiT, describe, from_description, positions
+from eqvae_jax.generators.repa import REPA
 from eqvae_jax.weights import tables
 from eqvae_jax.weights.autoencoders import parameter_hash
 from eqvae_jax.weights.errors import WeightsError
 from eqvae_jax.weights.files import map_safetensors, write_tensors
 from eqvae_jax.weights.references import GENERATORS, parse_reference
+from eqvae_jax.weights.sit import from_sit, to_sit
 from eqvae_jax.weights.torch_files import read_torch_file
 from eqvae_jax.weights.torch_writer import write_torch_file
 
-KINDS = ("dit", "sit")
+KINDS = {"dit": DiT, "sit": DiT, "repa": REPA}
 PARTS = ("ema", "model", "state_dict")                  # where training checkpoints keep weights, the best first
 WRAPPERS = re.compile(r"(module\.|_orig_mod\.)+")       # DistributedDataParallel's and torch.compile's
 LATENTS = ("hash", "reference", "scale", "shift")       # what a run knows of the autoencoder it learnt latents of
@@ -35,6 +36,7 @@ NAMES = {
     "final_modulation": "final_layer.adaLN_modulation.1",
     "modulation": "adaLN_modulation.1", "qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2",
     "query_norm": "attn.q_norm", "key_norm": "attn.k_norm",
+    "projector_in": "projectors.0.0", "projector_hidden": "projectors.0.2", "projector_out": "projectors.0.4",
 }
 
 
@@ -42,11 +44,11 @@ NAMES = {
 class GeneratorSpec:
     """What a user of a generator must know beside its network.
 
-    kind: "dit" (Gaussian diffusion) or "sit" (an interpolant). classes: labels run to classes - 1, and `classes` is
-    "no label". source: where the weights came from. hash: 16 hexadecimal digits of the weights, the same stacked or
-    not. latents: {"hash", "reference", "scale", "shift"} of the autoencoder, or None, since public files do not say.
-    process: what is known of the process it was trained on, such as {"prediction": "velocity"}. sampling: how its run
-    samples, the config's section of that name, or None.
+    kind: "dit" (Gaussian diffusion), "sit" (an interpolant) or "repa" (one with a projector). classes: labels run to
+    classes - 1, and `classes` is "no label". source: where the weights came from. hash: 16 hexadecimal digits of the
+    weights, the same stacked or not. latents: {"hash", "reference", "scale", "shift"} of the autoencoder, or None,
+    since public files do not say. process: what is known of the process it was trained on, such as {"prediction":
+    "velocity"}. sampling: how its run samples, the config's section of that name, or None.
     """
 
     kind: str
@@ -77,7 +79,7 @@ def load_generator(reference, *, heads=None, prediction="velocity", scan=False):
 
 
 def save_generator(reference, model, params, spec):
-    """Writes weights for others: `dit:FILE` or `sit:FILE`, .pt (the tensors alone, as released) or .safetensors.
+    """Writes weights for others: dit:FILE, sit:FILE or repa:FILE, .pt (the tensors alone, as released) or .safetensors.
 
     params: with blocks one by one or stacked. The file appears under its name only once it is complete. A `sit:` file
     has the public 8 channels, the second half zeros; a model that counts time from data is turned round in its first
@@ -86,7 +88,7 @@ def save_generator(reference, model, params, spec):
     kind, rest = parse_reference(reference, GENERATORS)
     path = pathlib.Path(rest)
     if kind not in KINDS or path.suffix not in (".pt", ".safetensors"):
-        raise WeightsError(f"{reference}: weights are written as dit:FILE or sit:FILE, .pt or .safetensors")
+        raise WeightsError(f"{reference}: weights are written as dit:FILE, sit:FILE or repa:FILE, .pt or .safetensors")
     if kind != spec.kind:
         raise WeightsError(f"{reference}: these weights are a {spec.kind}'s, {spec.source}; write {spec.kind}:{rest}")
     if model.heads != heads_of(model.width):
@@ -94,8 +96,8 @@ def save_generator(reference, model, params, spec):
                            f"{heads_of(model.width)} for a width of {model.width}, and this one has {model.heads}")
     params = unstack_blocks(params)
     tables.check_parameters("parameters to save", params, parameter_shapes(model))
-    if kind == "dit" and model.reversed_time:
-        raise WeightsError(f"{reference}: this model is given reversed times, which DiT's code does not do")
+    if kind != "sit" and model.reversed_time:
+        raise WeightsError(f"{reference}: this model is given reversed times, which {kind}'s own code does not do")
     if kind == "sit":
         model, params = to_sit(model, params, spec.process.get("prediction", "velocity"), reference)
     tensors = tables.write_parameters(params, parameter_shapes(model), key_of)
@@ -146,8 +148,10 @@ def parameter_shapes(model):
     """
     x = jax.ShapeDtypeStruct((1, model.input_size, model.input_size, model.in_channels), jnp.float32)
     t, labels = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    shallow = {"alignment_depth": 1} if isinstance(model, REPA) else {}
     try:
-        one = jax.eval_shape(model.clone(depth=1, scan=False).init, jax.random.key(0), x, t, labels)["params"]
+        one = model.clone(depth=1, scan=False, **shallow)
+        one = jax.eval_shape(one.init, jax.random.key(0), x, t, labels)["params"]
     except (ValueError, TypeError, ArithmeticError) as error:
         raise WeightsError(f"no DiT has these sizes: {str(error).strip().splitlines()[0]}") from error
     block = one.pop("block_0")
@@ -162,8 +166,12 @@ def heads_of(width):
 def read(path, kind, heads, prediction):
     """(model, params) of a public file; raises WeightsError where it is no such file, or lists what does not fit."""
     tensors = read_state(path)
+    if kind == "repa":
+        tensors = whole_blocks(tensors)
     try:
         model = model_of(tensors, heads)
+        if kind == "repa":
+            model = repa_of(model, tensors)
         shapes = parameter_shapes(model)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
@@ -222,63 +230,38 @@ def model_of(tensors, heads):
     )
 
 
-def from_sit(model, params, prediction, where):
-    """Ours from the public SiT's: unused channels dropped, the velocity's sign turned, and time reversed."""
-    channels, out = model.in_channels, model.out_channels
-    if out not in (channels, 2 * channels):
-        raise WeightsError(f"{where}: a SiT of {channels} channels predicts {channels} or {2 * channels}; this one "
-                           f"predicts {out}")
-    sign = np.float32(-1 if prediction == "velocity" else 1)
-    final = {name: sign * value.reshape(*value.shape[:-1], -1, out)[..., :channels].reshape(*value.shape[:-1], -1)
-             for name, value in params["final"].items()}
-    return model.clone(out_channels=channels, reversed_time=True), params | {"final": final}
+def whole_blocks(tensors):
+    """The tensors of a REPA file with the names of today: older files counted the blocks behind the projector anew."""
+    first = {name.split(".")[1] for name in tensors if re.match(r"blocks\.\d+\.", name)}
+    later = re.compile(r"decoder_blocks\.(\d+)\.")
+    return {later.sub(lambda m: f"blocks.{int(m[1]) + len(first)}.", name): value for name, value in tensors.items()}
 
 
-def to_sit(model, params, prediction, where):
-    """What `from_sit` undoes, with as many channels of zeros; and time turned round where it runs from data."""
-    channels = model.in_channels
-    if model.out_channels != channels:
-        raise WeightsError(f"{where}: SiT predicts as many channels as it is given, {channels}; this model predicts "
-                           f"{model.out_channels}")
-    if not model.reversed_time:
-        params = params | {"time_in": params["time_in"] | {"kernel": turned(params["time_in"]["kernel"])}}
-    sign = np.float32(-1 if prediction == "velocity" else 1)
-    final = {}
-    for name, value in params["final"].items():
-        value = np.asarray(value, np.float32).reshape(*value.shape[:-1], -1, channels)
-        final[name] = np.concatenate([sign * value, np.zeros_like(value)], -1).reshape(*value.shape[:-2], -1)
-    return model.clone(out_channels=2 * channels, reversed_time=True), params | {"final": final}
-
-
-def turned(kernel):
-    """The kernel (256, D) that makes of the cosines and sines of 1 - t what `kernel` makes of those of t.
-
-    cos(f (1 - s)) = cos f cos fs + sin f sin fs; sin(f (1 - s)) = sin f cos fs - cos f sin fs. It is its own inverse.
-    """
-    rates = time_rates().astype(np.float64)[:, None]
-    cosines, sines = np.split(np.asarray(kernel, np.float64), 2)
-    return np.concatenate([np.cos(rates) * cosines + np.sin(rates) * sines,
-                           np.sin(rates) * cosines - np.cos(rates) * sines]).astype(np.float32)
+def repa_of(model, tensors):
+    """The REPA of a DiT and of the projector in a file, which does not say its depth: 8 blocks in L and XL, 4 in B."""
+    sizes = [tensors[f"{NAMES[name]}.weight"].shape[0] for name in ("projector_hidden", "projector_out")]
+    fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(DiT)
+              if field.name not in ("parent", "name")}
+    return REPA(**fields, alignment_depth=min(8 if model.depth >= 24 else 4, model.depth), projector_size=sizes[0],
+                feature_size=sizes[1])
 
 
 def load_workdir(rest):
     """(model, params, kind, more of its spec) of a run of ours, with its average of the weights if there is one."""
-    from eqvae_jax.training.checkpoint import load_params  # needs Orbax, which is slow to import
+    from eqvae_jax.training.checkpoint import load_averaged  # needs Orbax, which is slow to import
 
     try:
-        try:
-            saved, config, _ = load_params(rest, "ema")
-        except ValueError:                                   # this run keeps no average of its weights
-            saved, config, _ = load_params(rest, "params")
-    except FileNotFoundError as error:
+        saved, config, _ = load_averaged(rest)
+    except (FileNotFoundError, ValueError) as error:
         raise WeightsError(f"workdir:{rest}: {error}") from error
     section, params, latents = config.get("generator"), saved.get("generator"), config.get("latents")
     if not section or not params:
         raise WeightsError(f"workdir:{rest}: its run trained no generator")
     try:
-        model, kind = from_description(section), section["kind"]
+        kind = section["kind"]
         if kind not in KINDS:
             raise ValueError(f"a generator of kind {kind!r}; this version knows {', '.join(KINDS)}")
+        model = from_description(section, KINDS[kind])
         latents = {name: latents[name] for name in LATENTS} if latents else None
         params = unstack_blocks(params)
         tables.check_parameters("its parameters", params, parameter_shapes(model))

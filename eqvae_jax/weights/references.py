@@ -16,6 +16,7 @@ AUTOENCODERS = {
 GENERATORS = {
     "dit": "dit:FILE, a .pt or .safetensors in the layout of facebookresearch/DiT",
     "sit": "sit:FILE, a .pt or .safetensors in the layout of willisma/SiT",
+    "repa": "repa:FILE, a .pt or .safetensors in the layout of sihyun-yu/REPA",
     "workdir": "workdir:DIR of a training run of this project",
 }
 

@@ -54,18 +54,12 @@ def test_the_derivatives_are_the_derivatives(path):
 def test_a_perfect_prediction_costs_nothing_and_gives_velocity_and_noise(rng, path, prediction):
     x, noise = normal(rng, 4, 3, 3, 2), normal(rng, 4, 3, 3, 2)
     x_t, target = truth(path, prediction, x, noise, TIMES)
-    process, seen = Interpolant(path, prediction), {}
-
-    def perfect(x, t):
-        seen.update(x=x, t=t)
-        return jnp.asarray(target, jnp.float32)
-
-    cost = interpolant.loss(process, perfect, x, jnp.float32(TIMES), noise)["loss"]
+    process, perfect, t = Interpolant(path, prediction), jnp.asarray(target, jnp.float32), jnp.float32(TIMES)
+    np.testing.assert_allclose(interpolant.noised(process, x, t, noise), x_t, rtol=1e-5, atol=1e-6)
+    cost = interpolant.loss(process, perfect, x, t, noise)["loss"]
     np.testing.assert_allclose(cost, np.zeros(4), atol=1e-10 * np.square(target).max())
-    np.testing.assert_allclose(seen["x"], x_t, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(seen["t"], np.float32(TIMES))
 
-    velocity, found = estimate(process, perfect, np.float32(x_t), jnp.float32(TIMES))
+    velocity, found = estimate(process, lambda x, t: perfect, np.float32(x_t), jnp.float32(TIMES))
     _, exact = truth(path, "velocity", x, noise, TIMES)
     np.testing.assert_allclose(velocity, exact, atol=1e-5 * np.abs(exact).max())
     np.testing.assert_allclose(found, noise, atol=5e-5)
@@ -91,7 +85,7 @@ def test_losses_are_sits(rng, path, prediction, weight):
     if prediction == "velocity" and weight:
         return
     x, noise, output = normal(rng, 4, 3, 3, 2), normal(rng, 4, 3, 3, 2), normal(rng, 4, 3, 3, 2)
-    ours = interpolant.loss(Interpolant(path, prediction, weight), lambda x, t: output, x, jnp.float32(TIMES), noise)
+    ours = interpolant.loss(Interpolant(path, prediction, weight), output, x, jnp.float32(TIMES), noise)
     _, sigma, _, _, _, variance = sit_path(path, 1 - TIMES)
     residual = {"velocity": output - truth(path, "velocity", x, noise, TIMES)[1], "noise": output - noise,
                 "score": spread(sigma) * output + noise}[prediction]
@@ -139,4 +133,4 @@ def test_impossible_interpolants_are_refused(fields, complaint):
 def test_a_network_with_variance_channels_is_refused(rng):
     x = normal(rng, 2, 4, 4, 4)
     with pytest.raises(ValueError, match="out_channels=4"):
-        interpolant.loss(Interpolant(), lambda x, t: jnp.concatenate([x, x], -1), x, jnp.ones(2), x)
+        interpolant.loss(Interpolant(), jnp.concatenate([x, x], -1), x, jnp.ones(2), x)

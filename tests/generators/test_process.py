@@ -95,11 +95,10 @@ def test_a_sample_depends_on_its_own_key_alone(sampler):
 def test_the_loss_of_an_example_depends_on_its_index_alone(kind):
     process, x = make_process(**PROCESSES[kind]), jnp.asarray(TARGETS)
 
-    def network(x_t, t):
-        return jnp.concatenate([x_t] * (2 if kind == "diffusion" else 1), -1)
-
     def losses(rows):
-        return np.asarray(process.loss(network, x[jnp.asarray(rows)], jax.random.key(1), jnp.asarray(rows))["loss"])
+        seen = process.corrupt(x[jnp.asarray(rows)], jax.random.key(1), jnp.asarray(rows))
+        said = jnp.concatenate([seen.x_t] * (2 if kind == "diffusion" else 1), -1)
+        return np.asarray(process.loss(said, seen)["loss"])
 
     np.testing.assert_allclose(losses([2, 0]), losses([0, 1, 2])[[2, 0]], rtol=1e-5)
     assert len(set(losses([0, 1, 2]).tolist())) == 3
@@ -109,14 +108,9 @@ def test_noise_and_time_are_not_the_same_draw():
     """A network that knows only the noise would otherwise know the time; over many examples they do not correlate."""
     process, count = make_process(), 4000
     x, index = jnp.zeros((count, 1, 1, 1)), jnp.arange(count)
-    seen = {}
-
-    def network(x_t, t):
-        seen.update(t=t, noise=x_t[:, 0, 0, 0] / t)
-        return x_t
-
-    process.loss(network, x, jax.random.key(0), index)
-    assert abs(np.corrcoef(seen["t"], seen["noise"])[0, 1]) < 0.06 and abs(float(seen["noise"].std()) - 1) < 0.05
+    x_t, t, _ = process.corrupt(x, jax.random.key(0), index)
+    noise = x_t[:, 0, 0, 0] / t
+    assert abs(np.corrcoef(t, noise)[0, 1]) < 0.06 and abs(float(noise.std()) - 1) < 0.05
 
 
 @pytest.mark.parametrize("section, message", [

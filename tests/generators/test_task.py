@@ -149,4 +149,11 @@ def test_given_weights_are_where_training_starts():
 def test_what_does_not_fit_is_refused_by_name(changes, shape, message):
     config = config_of(**changes)
     with pytest.raises(ValueError, match=message):
-        check(config, small_dit(), make_process(), shape, make_mesh(config.mesh))
+        check(config, small_dit(), make_process(), shape, 5, make_mesh(config.mesh))
+
+
+def test_labels_that_the_model_would_take_for_none_are_refused():
+    config = config_of()
+    check(config, small_dit(), make_process(), SHAPE, 5, make_mesh(config.mesh))
+    with pytest.raises(ValueError, match="model.classes is 5, and the latents have 6"):
+        check(config, small_dit(), make_process(), SHAPE, 6, make_mesh(config.mesh))

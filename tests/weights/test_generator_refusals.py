@@ -77,11 +77,11 @@ def test_a_sit_predicts_its_own_channels_or_twice_as_many(torch, torch_dit, tmp_
 
 
 @pytest.mark.parametrize(("reference", "model", "kind", "message"), [
-    ("dit:x.ckpt", DIT, "dit", "dit:FILE or sit:FILE, .pt or .safetensors"),
-    ("workdir:x", DIT, "dit", "dit:FILE or sit:FILE, .pt or .safetensors"),
+    ("dit:x.ckpt", DIT, "dit", "dit:FILE, sit:FILE or repa:FILE, .pt or .safetensors"),
+    ("workdir:x", DIT, "dit", "dit:FILE, sit:FILE or repa:FILE, .pt or .safetensors"),
     ("dit:x.pt", SIT, "sit", "are a sit's, here; write sit:x.pt"),
     ("sit:x.pt", DIT, "sit", "SiT predicts as many channels as it is given, 3; this model predicts 6"),
-    ("dit:x.pt", DIT.clone(reversed_time=True), "dit", "reversed times, which DiT's code does not"),
+    ("dit:x.pt", DIT.clone(reversed_time=True), "dit", "reversed times, which dit's own code does not"),
     ("dit:x.pt", DIT.clone(heads=4), "dit", "readers take 2 for a width of 128, and this one has 4"),
     ("dit:x.pt", DIT.clone(depth=3), "dit", "missing (10): block_2/"),
 ])

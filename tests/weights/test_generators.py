@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from parity import assert_same
-from small_generators import DIT, SIT, SMALL, drawn, saved, spec_of
+from small_generators import ALIGNED, DIT, SIT, SMALL, drawn, saved, spec_of
 
 from eqvae_jax.generators.dit import SIZES, positions, preset
-from eqvae_jax.weights import tables
+from eqvae_jax.weights import WeightsError, tables
 from eqvae_jax.weights.generators import (
     key_of,
     load_generator,
@@ -106,6 +106,45 @@ def test_sit_files_of_ours_compute_the_same_velocity_in_torch(torch, torch_dit, 
         assert_same(back, params)
     np.testing.assert_allclose(again.apply({"params": back}, x, t, labels).prediction, theirs,
                                rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+class Projector:
+    """REPA's network in torch: the transcription of DiT with the projector in its names."""
+
+    def __new__(cls, torch, torch_dit):
+        nn, network = torch.nn, torch_dit.DiT(**SMALL, out_channels=3)
+        layers = nn.Linear(128, 24), nn.SiLU(), nn.Linear(24, 24), nn.SiLU(), nn.Linear(24, 7)
+        network.projectors = nn.ModuleList([nn.Sequential(*layers)])
+        return network
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_repa_files_of_ours_load_strictly_in_torch_and_say_the_same(torch, torch_dit, rng, tmp_path, suffix):
+    params, file = drawn(rng, ALIGNED), tmp_path / f"x.{suffix}"
+    save_generator(f"repa:{file}", ALIGNED, params, spec_of("repa"))
+    network = Projector(torch, torch_dit)
+    state = torch.load(file) if suffix == "pt" else importlib.import_module("safetensors.torch").load_file(file)
+    network.load_state_dict(state, strict=True)
+    x, t = rng.normal(size=(3, 8, 8, 3)).astype(np.float32), np.array([0.0, 0.3, 1.0], np.float32)
+    with torch.no_grad():
+        y, hidden = network(torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(t), torch.tensor([0, 4, 5]))
+        projected = network.projectors[0](hidden[1])
+    model, back, spec = load_generator(f"repa:{file}")
+    assert model == ALIGNED and spec.kind == "repa"
+    assert_same(back, params)
+    ours = model.apply({"params": back}, x, t, np.array([0, 4, 5]))
+    for mine, theirs in ((ours.prediction, y.permute(0, 2, 3, 1)), (ours.projected, projected)):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_blocks_behind_the_projector_may_have_their_old_names(torch, torch_dit, tmp_path):
+    state = torch_dit.randomise(Projector(torch, torch_dit)).state_dict()
+    _, params, spec = load_generator(f"repa:{saved(torch, state, tmp_path / 'x.pt')}")
+    old = {name.replace("blocks.1.", "decoder_blocks.0."): value for name, value in state.items()}
+    assert load_generator(f"repa:{saved(torch, {'ema': old}, tmp_path / 'old.pt')}")[2].hash == spec.hash
+    del state["projectors.0.2.bias"]
+    with pytest.raises(WeightsError, match="projectors.0.2.bias"):
+        load_generator(f"repa:{saved(torch, state, tmp_path / 'less.pt')}")
 
 
 def test_only_the_velocity_changes_its_sign_with_time(rng, tmp_path):
