@@ -163,6 +163,18 @@ def test_bfloat16_is_near_and_gives_float32(rng, loaded, kind):
     assert 1e-4 < np.abs(rounded - exact).mean() / np.abs(exact).mean() < 0.02
 
 
+def test_only_the_blocks_layers_compute_in_bfloat16(loaded):
+    model, params = loaded["plain"]
+    apply = lambda x: model.clone(dtype="bfloat16", depth=1).apply(
+        {"params": params}, x, capture_intermediates=True, mutable=["intermediates"])[1]["intermediates"]
+    seen = jax.eval_shape(apply, jax.ShapeDtypeStruct((1, 28, 28, 3), np.float32))
+    kind = lambda module: {leaf.dtype.name for leaf in jax.tree.leaves(module["__call__"])}
+    narrow = {name for name, module in seen["block_0"].items() if name != "__call__" and kind(module) == {"bfloat16"}}
+    assert narrow == {"qkv", "proj", "fc1", "fc2"}
+    wide = [seen["patch"], seen["block_0"], seen["block_0"]["norm1"], seen["block_0"]["norm2"], seen["norm"], seen]
+    assert all(kind(module) == {"float32"} for module in wide)
+
+
 @pytest.mark.parametrize(("name", "count"), [
     ("S", 22_056_576), ("B", 86_580_480), ("L", 304_368_640), ("g", 1_136_480_768),
 ])
