@@ -43,6 +43,12 @@ def diffusers(torch):
     return pytest.importorskip("diffusers")
 
 
+@pytest.fixture(scope="session")
+def transformers(torch):
+    declare_nms(torch)
+    return pytest.importorskip("transformers")
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

@@ -59,4 +59,4 @@ def test_imports_run_one_way(module):
 def test_the_package_needs_neither_torch_nor_tensorflow(module):
     roots = {name.split(".")[0] for name in imports_of(module)}
     assert not roots & {"torch", "torchvision", "torchmetrics", "torch_fidelity", "pytorch_fid", "diffusers",
-                        "tensorflow"}
+                        "transformers", "tensorflow"}

@@ -7,6 +7,7 @@ from eqvae_jax.weights.autoencoders import (
     open_autoencoder,
     save_autoencoder,
 )
+from eqvae_jax.weights.dinov2 import DINOv2Spec, load_dinov2
 from eqvae_jax.weights.errors import WeightsError
 from eqvae_jax.weights.generators import GeneratorSpec, load_generator, save_generator
 from eqvae_jax.weights.inception import InceptionSpec, fetch_inception, load_inception
@@ -17,6 +18,7 @@ from eqvae_jax.weights.references import Reference, parse_reference
 __all__ = [
     "AutoencoderSpec",
     "Critic",
+    "DINOv2Spec",
     "GeneratorSpec",
     "InceptionSpec",
     "LossWeights",
@@ -26,6 +28,7 @@ __all__ = [
     "fetch_inception",
     "fetch_lpips",
     "load_autoencoder",
+    "load_dinov2",
     "load_generator",
     "load_inception",
     "load_loss",

@@ -60,12 +60,15 @@ def read(folder):
     return model, params, scale, shift
 
 
-def read_files(folder):
-    """Name -> array of all tensors in a folder: one safetensors file, several with an index, or an old .bin."""
-    whole, old = folder / f"{STEM}.safetensors", folder / f"{STEM}.bin"
+def read_files(folder, stem=STEM):
+    """Name -> array of all tensors in a folder: one safetensors file, several with an index, or an old .bin.
+
+    stem: the files' name up to the suffix.
+    """
+    whole, old = folder / f"{stem}.safetensors", folder / f"{stem}.bin"
     if whole.is_file():
         return read_tensors(whole)
-    for index in (folder / INDEX, folder / f"{STEM}.bin.index.json"):
+    for index in (folder / f"{stem}.safetensors.index.json", folder / f"{stem}.bin.index.json"):
         if not index.is_file():
             continue
         shards = read_json(index).get("weight_map")

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # parity and ldm_reference, under any import mode of pytest
+sys.path.insert(0, str(Path(__file__).parents[1] / "features"))  # dinov2_files
 
 
 @pytest.fixture(scope="session")
