@@ -99,15 +99,15 @@ def test_odes_take_the_written_out_steps(rng, path, prediction):
 
 
 CASES = ([("linear", "velocity", form, "mean", "euler") for form in FORMS]
-         + [("linear", "velocity", "sigma", last, method) for last in LAST_STEPS for method in ("euler", "heun")]
+         # Heun without a last step: the transcription, as the released code, divides 0 by 0; it has a test below.
+         + [("linear", "velocity", "sigma", last, method) for last in LAST_STEPS for method in ("euler", "heun")
+            if (last, method) != ("", "heun")]
          + [("gvp", "noise", form, "euler", "heun") for form in FORMS]
          + [("vp", "score", form, last, "euler") for form in FORMS for last in ("tweedie", "")])
 
 
 @pytest.mark.parametrize("path, prediction, form, last_step, method", CASES)
 def test_sdes_take_the_written_out_steps(rng, path, prediction, form, last_step, method):
-    if (path, last_step, method) == ("linear", "", "heun"):
-        return  # the transcription, as the released code, divides 0 by 0 at the data; ours has a test below
     sbdm = form == "SBDM" and path == "linear"
     process = Interpolant(path, prediction, sample_eps=0.01 if sbdm else None)
     x, table = normal(rng, 2, 3, 3, 2), normal(rng, 5, 2, 3, 3, 2)
