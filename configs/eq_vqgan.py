@@ -11,7 +11,7 @@ sdvae = run_path(str(Path(__file__).with_name("eq_sdvae.py")))  # wherever this 
 
 
 def get_config(variant="paper"):
-    return sdvae["choose"](variant, "eq_vqgan", paper, quickstart, smoke)
+    return sdvae["choose"](variant, "eq_vqgan", paper, quickstart, fashion, smoke)
 
 
 def paper():
@@ -29,6 +29,14 @@ def paper():
 
 def quickstart():
     config = with_codebook(sdvae["quickstart"]())
+    config.preset = "vqgan"
+    config.init = "init:vqgan-quickstart"
+    return config
+
+
+def fashion():
+    """The quickstart on images of 28 pixels, whose 7 x 7 codes MaskGIT learns in minutes."""
+    config = with_codebook(sdvae["fashion"]())
     config.preset = "vqgan"
     config.init = "init:vqgan-quickstart"
     return config
