@@ -223,7 +223,7 @@ def decode(tokens_to_logits, noise, batch, tokens, codes, settings):
         log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), drawn[..., None], -1)[..., 0]
         confidence = jnp.where(known, -jnp.inf, log_p + temperatures[i] * on_confidence)
         rank = jnp.argsort(jnp.argsort(confidence, descending=True))                             # 0: the most confident
-        new = (rank < counts[i]) & ~known
+        new = rank < counts[i]                                                                   # none that is known
         return jnp.where(new, drawn, ids), known | new
 
     ids = jnp.full((batch, tokens), codes, jnp.int32)

@@ -198,6 +198,18 @@ def test_tokens_are_drawn_from_the_softmax(rng):
                                atol=0.015)
 
 
+def test_every_noise_is_its_own_draw():
+    """Of 50 x 30 x 4 numbers, none correlates with those of another step, and the two kinds not with each other."""
+    noise = jax.jit(lambda step: gumbel_noise(keys_of(np.arange(50)))(step, (30, 4)))
+    (sample, choice), (later, later_choice) = noise(0), noise(1)
+    assert sample.shape == (50, 30, 4) and choice.shape == (50, 30)
+    np.testing.assert_allclose(np.mean(sample), np.euler_gamma, atol=0.06)
+    np.testing.assert_allclose(np.std(choice), np.pi / 6**0.5, rtol=0.08)
+    for a, b in ((sample, later), (choice, later_choice), (sample[..., 0], choice)):
+        assert abs(np.corrcoef(np.ravel(a), np.ravel(b))[0, 1]) < 0.1
+    assert not np.isin(np.asarray(choice), np.asarray(sample)).any()
+
+
 @pytest.mark.parametrize("guidance", [0.0, 3.0])
 def test_tokens_of_an_example_depend_on_its_own_key_alone(rng, guidance):
     base = toy(rng, CODES + 1)
