@@ -13,7 +13,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from eqvae_jax.generators import maskgit
 from eqvae_jax.generators.dit import Output
 from eqvae_jax.generators.maskgit import STACK_EPSILON, attend, check, layer_norm, stacked
 
@@ -102,6 +101,3 @@ class Block(nn.Module):
         h = layer(x.shape[-1], name="fc2")(h)
         x = norm(name="mlp_norm")(x + drop(h).astype(jnp.float32))
         return x, x
-
-
-from_description = partial(maskgit.from_description, network=OriginalMaskGIT)

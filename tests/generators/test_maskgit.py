@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eqvae_jax.generators import maskgit, maskgit_original
 from eqvae_jax.generators.maskgit import MaskGIT, describe, forward_macs, from_description, preset
 from eqvae_jax.generators.maskgit_original import OriginalMaskGIT
 from eqvae_jax.generators.masking import Masking
@@ -254,10 +253,10 @@ def test_what_does_not_fit_is_refused(fields, given, message):
 
 
 def test_descriptions_bring_back_the_model_and_leave_out_how_it_is_computed():
-    for network, back in ((MaskGIT, from_description), (OriginalMaskGIT, maskgit_original.from_description)):
+    for network in NETWORKS:
         model = network(**SMALL, dropout=0.2, dtype="bfloat16", remat=True, scan=True)
-        values = maskgit.describe(model)
-        assert back(values | {"kind": "maskgit"}) == network(**SMALL, dropout=0.2)
+        values = describe(model)
+        assert from_description(values | {"kind": "maskgit"}, network) == network(**SMALL, dropout=0.2)
         assert {type(value) for value in values.values()} <= {int, float}
     values = describe(MaskGIT())
     with pytest.raises(ValueError, match="lacks codes, heads, or they"):
