@@ -4,6 +4,7 @@ import contextlib
 import json
 import mmap
 import pathlib
+import re
 
 import ml_dtypes
 import numpy as np
@@ -20,6 +21,9 @@ SAFETENSORS_TYPES = {
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
     "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
 }
+
+PARTS = ("ema", "model", "state_dict", "model_state_dict")  # where training checkpoints keep weights, the best first
+WRAPPERS = re.compile(r"(module\.|_orig_mod\.)+")           # DistributedDataParallel's and torch.compile's
 
 
 def read_tensors(path):
@@ -45,6 +49,27 @@ def read_checkpoint(path):
     if not tensors:
         raise WeightsError(f"{path}: holds no named tensors, so it is no file of weights")
     return tensors, beside
+
+
+def read_state(path):
+    """Name -> array of the weights in a file, the average where there is one, without the wrappers' prefixes."""
+    return read_state_and_numbers(path)[0]
+
+
+def read_state_and_numbers(path):
+    """(what `read_state` gives, the whole numbers that a torch file holds beside the weights: name -> int)."""
+    path = pathlib.Path(path)
+    content = map_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
+    content = content if isinstance(content, dict) else {}
+    numbers = {name: value for name, value in content.items() if isinstance(name, str) and type(value) is int}
+    content = next((content[part] for part in PARTS if isinstance(content.get(part), dict)), content)
+    named = [(WRAPPERS.sub("", name, count=1) if WRAPPERS.match(name) else name, value)
+             for name, value in content.items() if isinstance(name, str) and isinstance(value, np.ndarray)]
+    if not named:
+        raise WeightsError(f"{path}: holds no named tensors, so it is no file of weights")
+    if len(dict(named)) != len(named):
+        raise WeightsError(f"{path}: holds some tensors twice, with and without the prefix of a wrapper")
+    return dict(named), numbers
 
 
 def map_safetensors(path):

@@ -1,4 +1,5 @@
 """Generators from references and into files: `load_generator` and `save_generator`; strict tables for DiT, SiT, REPA.
+MaskGIT's are in `maskgit`.
 
 They share names and shapes. Public SiT runs the other way through time (weights/sit.py). REPA's files have 4 channels,
 our own time, and the projector.
@@ -15,19 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from eqvae_jax.generators.dit import DiT, describe, from_description, positions
+from eqvae_jax.generators.maskgit import from_description as maskgit_from_description
 from eqvae_jax.generators.repa import REPA
-from eqvae_jax.weights import tables
+from eqvae_jax.weights import maskgit, tables
 from eqvae_jax.weights.autoencoders import parameter_hash
 from eqvae_jax.weights.errors import WeightsError
-from eqvae_jax.weights.files import map_safetensors, write_tensors
+from eqvae_jax.weights.files import read_state, write_tensors
 from eqvae_jax.weights.references import GENERATORS, parse_reference
 from eqvae_jax.weights.sit import from_sit, to_sit
-from eqvae_jax.weights.torch_files import read_torch_file
 from eqvae_jax.weights.torch_writer import write_torch_file
 
-KINDS = {"dit": DiT, "sit": DiT, "repa": REPA}
-PARTS = ("ema", "model", "state_dict")                  # where training checkpoints keep weights, the best first
-WRAPPERS = re.compile(r"(module\.|_orig_mod\.)+")       # DistributedDataParallel's and torch.compile's
+TRANSFORMERS = {"dit": DiT, "sit": DiT, "repa": REPA}    # the kinds whose files are read and written here
+KINDS = TRANSFORMERS | maskgit.NETWORKS
 LATENTS = ("hash", "reference", "scale", "shift")       # what a run knows of the autoencoder it learnt latents of
 POSITIONS, PATCH = "pos_embed", "x_embedder.proj.weight"
 NAMES = {
@@ -44,8 +44,10 @@ NAMES = {
 class GeneratorSpec:
     """What a user of a generator must know beside its network.
 
-    kind: "dit" (Gaussian diffusion), "sit" (an interpolant) or "repa" (one with a projector). classes: labels run to
-    classes - 1, and `classes` is "no label". source: where the weights came from. hash: 16 hexadecimal digits of the
+    kind: "dit" (Gaussian diffusion), "sit" (an interpolant), "repa" (one with a projector), or "maskgit" or
+    "maskgit-original" (masked tokens; the reproduction's network or the paper's). classes: labels run to classes - 1,
+    and `classes` is "no label", which "maskgit-original" alone does not have. source: where the weights came from.
+    hash: 16 hexadecimal digits of the
     weights, the same stacked or not. latents: {"hash", "reference", "scale", "shift"} of the autoencoder, or None,
     since public files do not say. process: what is known of the process it was trained on, such as {"prediction":
     "velocity"}. sampling: how its run samples, the config's section of that name, or None.
@@ -60,17 +62,20 @@ class GeneratorSpec:
     sampling: dict | None = None
 
 
-def load_generator(reference, *, heads=None, prediction="velocity", scan=False):
+def load_generator(reference, *, heads=None, prediction="velocity", scan=False, codes=None):
     """(model, params, spec) of a generator reference: see GENERATORS for the forms.
 
     params: the dict under "params" of flax variables, float32 NumPy arrays; a run's average of the weights where it
     keeps one, and so a file's. heads: of a file, where its width does not tell. prediction: what a `sit:` file
-    predicts, since only the velocity changes its sign with the direction of time. scan: for a model with `scan`.
+    predicts, since only the velocity changes its sign with the direction of time. scan: for a model with `scan`. codes:
+    of a `maskgit:` file, where its vocabulary is not the released one.
     Raises WeightsError where the weights cannot be found or do not fit, listing missing, extra and mis-shaped ones.
     """
     reference = parse_reference(reference, GENERATORS)
     if reference.kind == "workdir":
         model, params, kind, known = load_workdir(reference.rest)
+    elif reference.kind == "maskgit":
+        (model, params, kind), known = maskgit.read(reference.rest, heads, codes), {}
     else:
         kind, known = reference.kind, {"process": {"prediction": prediction}} if reference.kind == "sit" else {}
         model, params = read(reference.rest, kind, heads, prediction)
@@ -79,7 +84,8 @@ def load_generator(reference, *, heads=None, prediction="velocity", scan=False):
 
 
 def save_generator(reference, model, params, spec):
-    """Writes weights for others: dit:FILE, sit:FILE or repa:FILE, .pt (the tensors alone, as released) or .safetensors.
+    """Writes weights for others: dit:FILE, sit:FILE or repa:FILE, .pt (the tensors alone, as released) or .safetensors;
+    maskgit:FILE as `maskgit.write` has it.
 
     params: with blocks one by one or stacked. The file appears under its name only once it is complete. A `sit:` file
     has the public 8 channels, the second half zeros; a model that counts time from data is turned round in its first
@@ -87,10 +93,16 @@ def save_generator(reference, model, params, spec):
     """
     kind, rest = parse_reference(reference, GENERATORS)
     path = pathlib.Path(rest)
-    if kind not in KINDS or path.suffix not in (".pt", ".safetensors"):
+    fitting = "maskgit" if spec.kind in maskgit.NETWORKS else spec.kind
+    if kind == "workdir":
+        raise WeightsError(f"{reference}: weights are written as dit:FILE, sit:FILE, repa:FILE or maskgit:FILE")
+    if kind != fitting:
+        raise WeightsError(f"{reference}: these weights are a {spec.kind}'s, {spec.source}; write {fitting}:{rest}")
+    if kind == "maskgit":
+        maskgit.write(path, model, unstack_blocks(params))
+        return
+    if path.suffix not in (".pt", ".safetensors"):
         raise WeightsError(f"{reference}: weights are written as dit:FILE, sit:FILE or repa:FILE, .pt or .safetensors")
-    if kind != spec.kind:
-        raise WeightsError(f"{reference}: these weights are a {spec.kind}'s, {spec.source}; write {spec.kind}:{rest}")
     if model.heads != heads_of(model.width):
         raise WeightsError(f"{reference}: such files do not say how many heads a model has; readers take "
                            f"{heads_of(model.width)} for a width of {model.width}, and this one has {model.heads}")
@@ -190,21 +202,6 @@ def read(path, kind, heads, prediction):
     return from_sit(model, params, prediction, path) if kind == "sit" else (model, params)
 
 
-def read_state(path):
-    """Name -> array of the weights in a file, the average where there is one, without the wrappers' prefixes."""
-    path = pathlib.Path(path)
-    content = map_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
-    content = content if isinstance(content, dict) else {}
-    content = next((content[part] for part in PARTS if isinstance(content.get(part), dict)), content)
-    named = [(WRAPPERS.sub("", name, count=1) if WRAPPERS.match(name) else name, value)
-             for name, value in content.items() if isinstance(name, str) and isinstance(value, np.ndarray)]
-    if not named:
-        raise WeightsError(f"{path}: holds no named tensors, so it is no file of weights")
-    if len(dict(named)) != len(named):
-        raise WeightsError(f"{path}: holds some tensors twice, with and without the prefix of a wrapper")
-    return dict(named)
-
-
 def model_of(tensors, heads):
     """The model that the shapes in a file describe. heads: None to take the published number for its width."""
     if empty := [name for name, value in tensors.items() if not value.size]:
@@ -261,10 +258,14 @@ def load_workdir(rest):
         kind = section["kind"]
         if kind not in KINDS:
             raise ValueError(f"a generator of kind {kind!r}; this version knows {', '.join(KINDS)}")
-        model = from_description(section, KINDS[kind])
+        if kind in TRANSFORMERS:
+            model = from_description(section, TRANSFORMERS[kind])
+        else:
+            model = maskgit_from_description(section, maskgit.NETWORKS[kind])
         latents = {name: latents[name] for name in LATENTS} if latents else None
         params = unstack_blocks(params)
-        tables.check_parameters("its parameters", params, parameter_shapes(model))
+        shapes = parameter_shapes(model) if kind in TRANSFORMERS else maskgit.parameter_shapes(model)
+        tables.check_parameters("its parameters", params, shapes)
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"workdir:{rest}: {type(error).__name__}: {error}") from error
     process = {name: value for name, value in section.items() if name not in {"kind", *describe(model)}}

@@ -17,6 +17,7 @@ GENERATORS = {
     "dit": "dit:FILE, a .pt or .safetensors in the layout of facebookresearch/DiT",
     "sit": "sit:FILE, a .pt or .safetensors in the layout of willisma/SiT",
     "repa": "repa:FILE, a .pt or .safetensors in the layout of sihyun-yu/REPA",
+    "maskgit": "maskgit:FILE, a .pth or .safetensors of the PyTorch reproduction of MaskGIT, or the original's msgpack",
     "workdir": "workdir:DIR of a training run of this project",
 }
 

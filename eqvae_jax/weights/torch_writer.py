@@ -18,15 +18,16 @@ ALIGNMENT = 64                           # torch's: where a storage may begin
 STORAGE_NAMES = {np.dtype(dtype): name.removeprefix("torch.") for name, dtype in STORAGES.items()}
 
 
-def write_torch_file(path, tensors, under="state_dict"):
+def write_torch_file(path, tensors, under="state_dict", beside=None):
     """Writes {"state_dict": tensors}, the layout of Lightning's checkpoints, for torch.load with its safest options.
 
     under: another name in its place, or None for the tensors alone. tensors: name -> NumPy array, in any memory layout;
-    one at a time is brought into torch's. The file appears under its name only when it is complete.
+    one at a time is brought into torch's. beside: name -> int, what else the dict holds, such as a trainer's counters.
+    The file appears under its name only when it is complete.
     Raises WeightsError where it cannot be written.
     """
     with whole_or_nothing(path) as partial, zipfile.ZipFile(partial, "w") as archive:
-        add(archive, "data.pkl", pickled(tensors, under))
+        add(archive, "data.pkl", pickled(tensors, under, beside or {}))
         add(archive, "byteorder", b"little")
         for i, value in enumerate(tensors.values()):
             value = np.asarray(value, order="C")
@@ -48,11 +49,12 @@ def add(archive, name, content):
         file.write(content)
 
 
-def pickled(tensors, under):
-    """The pickle of {under: OrderedDict of tensors}, in the operations that torch's safest reader knows."""
+def pickled(tensors, under, beside):
+    """The pickle of {under: OrderedDict of tensors, **beside}, in the operations that torch's safest reader knows."""
     items = b"".join(text(name) + tensor(value, i) for i, (name, value) in enumerate(tensors.items()))
     filled = ORDERED_DICT + b"(" + items + b"u"
-    return b"\x80\x02" + (filled if under is None else b"}" + text(under) + filled + b"s") + b"."
+    numbers = b"".join(text(name) + integer(value) + b"s" for name, value in beside.items())
+    return b"\x80\x02" + (filled if under is None else b"}" + text(under) + filled + b"s" + numbers) + b"."
 
 
 # An empty OrderedDict: name, empty tuple, call.

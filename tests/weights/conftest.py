@@ -52,3 +52,10 @@ def public_dit(torch_dit):
     from small_generators import SMALL
 
     return torch_dit.randomise(torch_dit.DiT(**SMALL, out_channels=6))
+
+
+@pytest.fixture
+def torch_maskgit(torch):
+    """The module torch_maskgit of tests/generators, which needs torch."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "generators"))
+    return importlib.import_module("torch_maskgit")

@@ -4,6 +4,7 @@
 import jax
 import ml_collections
 import numpy as np
+import pytest
 from parity import assert_same
 from small_generators import DIT, SIT, drawn, refused, spec_of
 
@@ -11,7 +12,7 @@ from eqvae_jax.generators.dit import describe
 from eqvae_jax.training import checkpoint
 from eqvae_jax.training.checkpoint import Checkpoints
 from eqvae_jax.training.state import TrainState
-from eqvae_jax.weights import tables
+from eqvae_jax.weights import maskgit, tables
 from eqvae_jax.weights.generators import (
     load_generator,
     save_generator,
@@ -68,6 +69,16 @@ def test_runs_give_their_average_and_what_their_latents_are(rng, tmp_path):
 
     average = jax.tree.map(lambda p: p + 1, params)
     assert_same(load_generator(save_run(tmp_path / "averaged", model, params, average))[1], average)
+
+
+@pytest.mark.parametrize("kind", maskgit.NETWORKS)
+def test_runs_of_maskgit_give_the_network_they_trained(rng, tmp_path, kind):
+    model = maskgit.NETWORKS[kind](input_size=4, codes=11, classes=5, width=64, depth=2, heads=4, mlp_size=96)
+    params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), maskgit.parameter_shapes(model))
+    reference = save_run(tmp_path / "run", model.clone(scan=True), stack_blocks(params), kind=kind)
+    ours, back, spec = load_generator(reference)
+    assert (ours, spec.kind, spec.classes, spec.latents) == (model, kind, 5, LATENTS)
+    assert_same(back, params)
 
 
 def test_runs_that_do_not_fit_are_explained(rng, monkeypatch, tmp_path):
