@@ -28,6 +28,7 @@ TARGETS = {
     "dit": "dit:FILE.pt or dit:FILE.safetensors, of facebookresearch/DiT",
     "sit": "sit:FILE.pt or sit:FILE.safetensors, of willisma/SiT",
     "repa": "repa:FILE.pt or repa:FILE.safetensors, of sihyun-yu/REPA",
+    "maskgit": "maskgit:FILE.pth or maskgit:FILE.safetensors, of the PyTorch reproduction; .msgpack of the original",
 }
 PARTS = ("encoder", "decoder", "quant_conv", "post_quant_conv", "codebook")
 KEEPS_SCALE = ("diffusers",)  # the other formats leave scale and shift to the diffusion model's own config
@@ -197,17 +198,18 @@ def _options(arguments):
     )
     add = parser.add_argument
     add("--from", dest="source", required=True, metavar="REFERENCE",
-        help="diffusers:DIR_OR_HUB_ID, ldm:FILE, taming:FILE, init:PRESET, dit:FILE, sit:FILE, repa:FILE or "
-        "workdir:DIR")
+        help="diffusers:DIR_OR_HUB_ID, ldm:FILE, taming:FILE, init:PRESET, dit:FILE, sit:FILE, repa:FILE, "
+        "maskgit:FILE or workdir:DIR")
     add("--to", dest="target", metavar="REFERENCE",
-        help="diffusers:DIR, ldm:FILE or taming:FILE (.safetensors or .ckpt), of generators dit:FILE, sit:FILE or "
-        "repa:FILE (.pt or .safetensors); without it nothing is written")
+        help="diffusers:DIR, ldm:FILE or taming:FILE (.safetensors or .ckpt), of generators dit:FILE, sit:FILE, "
+        "repa:FILE or maskgit:FILE (.pt or .safetensors); without it nothing is written")
     add("--overwrite", action="store_true", help="write over files that exist")
     add("--scale", type=_finite, metavar="X", help="the latents' scale, where the source does not know it")
     add("--shift", type=_finite, metavar="X", help="the latents' shift, where the source does not know it")
     add("--verbose", action="store_true", help="list every tensor and every channel")
     add("--seed", type=int, default=0, metavar="N", help="of the random weights of init: (%(default)s)")
     add("--heads", type=int, metavar="N", help="of a generator's file, where the width does not tell")
+    add("--codes", type=int, metavar="N", help="of a maskgit: file whose vocabulary is not the released one")
     add("--prediction", choices=("velocity", "noise", "score"), help="what a sit: file predicts (velocity)")
     group = parser.add_argument_group("scale and shift measured on images")
     add = group.add_argument

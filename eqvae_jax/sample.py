@@ -20,8 +20,13 @@ import sys
 
 PICTURE, COLUMNS = 64, 16  # images, and classes side by side, at most
 PRECISIONS = ("highest", "high", "default")
-PUBLISHED = {"dit": {"kind": "diffusion"}, "sit": {"kind": "interpolant"}, "repa": {"kind": "interpolant"}}
-PUBLISHED_SAMPLING = {"repa": {"form": "linear", "guidance_channels": 0}}  # of public files, where it is not SiT's
+# Of public files: the process, and how their commands sample where that is not as SiT's and DiT's without guidance.
+PUBLISHED = {"dit": {"kind": "diffusion"}, "sit": {"kind": "interpolant"}, "repa": {"kind": "interpolant"},
+             "maskgit": {"kind": "masking"}, "maskgit-original": {"kind": "masking"}}
+PUBLISHED_SAMPLING = {
+    "repa": {"form": "linear", "guidance_channels": 0}, "maskgit": {"evaluations": 8, "guidance": 4.0},
+    "maskgit-original": {"evaluations": 8, "sampler": "cosine"},
+}
 
 
 def main(arguments=None):
@@ -64,15 +69,16 @@ def sample(options):
     model, params, spec = load(options)
     model = model.clone(dtype=options.dtype)
     chosen = {name: getattr(options, name) for name in ("path", "sample_eps") if getattr(options, name) is not None}
-    process = make_process(**PUBLISHED[spec.kind] | spec.process | chosen)
+    codes = {"codes": model.codes} if hasattr(model, "codes") else {}
+    process = make_process(**PUBLISHED[spec.kind] | spec.process | chosen | codes)
     settings = chosen_settings(options, spec)
     check_sampling(process, settings)
     check_classes(options.classes, model)
     reference = options.autoencoder or (spec.latents and spec.latents["reference"])
     if not reference:
         raise ValueError(f"{options.generator} does not say which autoencoder's latents it makes: "
-                         "--autoencoder=REFERENCE (released DiT and SiT: diffusers:stabilityai/sd-vae-ft-ema or "
-                         "-mse).")
+                         "--autoencoder=REFERENCE (released DiT, SiT and REPA: "
+                         "diffusers:stabilityai/sd-vae-ft-ema or -mse; MaskGIT: taming:FILE).")
     autoencoder = weights.load_autoencoder(reference)
     space = LatentSpace(**spec.latents) if spec.latents else LatentSpace.of(autoencoder[2])
     mesh = make_mesh(ConfigDict({"data": -1, "fsdp": 1}))
@@ -94,9 +100,10 @@ def load(options):
     """weights.load_generator of the command line; what a public file leaves open may be said, of a run it is known."""
     from eqvae_jax import weights
 
-    known = {name: getattr(options, name) for name in ("heads", "prediction") if getattr(options, name) is not None}
+    known = {name: getattr(options, name) for name in ("heads", "prediction", "codes")
+             if getattr(options, name) is not None}
     if options.generator.startswith("workdir:") and (known or options.path):
-        raise ValueError("--heads, --prediction and --path are for files; a run says it itself.")
+        raise ValueError("--heads, --codes, --prediction and --path are for files; a run says it itself.")
     return weights.load_generator(options.generator, scan=True, **known)  # scan: compiles one block instead of all
 
 
@@ -236,16 +243,19 @@ def check_classes(policy, model):
     """Raises ValueError for a policy that is neither of the two words nor a class of the model."""
     if policy in ("uniform", "balanced"):
         return
-    if not policy.isdecimal() or int(policy) > model.classes:
+    null = getattr(model, "null", model.classes)  # the original MaskGIT has none
+    if not policy.isdecimal() or int(policy) > (model.classes - 1 if null is None else null):
+        none = "" if null is None else f" ({null}: no class)"
         raise ValueError(f"--classes={policy} is neither uniform nor balanced nor a class of this generator, 0 to "
-                         f"{model.classes - 1} ({model.classes}: no class).")
+                         f"{model.classes - 1}{none}.")
 
 
 def _parser():
     parser = argparse.ArgumentParser(prog="python -m eqvae_jax.sample", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--generator", required=True, metavar="REFERENCE", help="workdir:DIR, dit:FILE, sit:FILE or repa:FILE")
+    add("--generator", required=True, metavar="REFERENCE", help="workdir:DIR, dit:FILE, sit:FILE, repa:FILE or "
+                                                                   "maskgit:FILE")
     add("--autoencoder", metavar="REFERENCE", help="that decodes; where the generator's latents came from if not given")
     add("--count", type=int, default=64, metavar="N", help="images (%(default)s)")
     add("--output", required=True, metavar="FILE.npz", help="the set; its picture is beside it, .png and .pdf")
@@ -261,12 +271,14 @@ def _parser():
     group = parser.add_argument_group("public files", "what they do not say themselves")
     add = group.add_argument
     add("--heads", type=int, metavar="N", help="of attention, where the width does not tell")
+    add("--codes", type=int, metavar="N", help="of a maskgit: file whose vocabulary is not the released one")
     add("--prediction", choices=("velocity", "noise", "score"), help="what a sit: file predicts (velocity)")
     add("--path", choices=("linear", "gvp", "vp"), help="of a sit: or repa: file (linear)")
-    group = parser.add_argument_group("sampling", "not given: as in the run's config, or SiT's, DiT's and REPA's own "
-                                                  "without guidance")
+    group = parser.add_argument_group("sampling", "not given: as in the run's config; of files, DiT's, SiT's and "
+                                                  "REPA's own without guidance, and MaskGIT's with it")
     add = group.add_argument
-    add("--sampler", help="diffusion: ddpm, ddim; interpolant: sde, sde-heun, euler, heun, dopri5")
+    add("--sampler", help="diffusion: ddpm, ddim; interpolant: sde, sde-heun, euler, heun, dopri5; tokens: arccos, "
+                          "linear, square, root, cosine (the original's)")
     add("--evaluations", type=int, metavar="N", help="of the network")
     add("--guidance", type=float, metavar="SCALE", help="of classifier-free guidance; 1: none")
     add("--guidance_channels", type=int, metavar="N", help="guided channels: 3 as released, 0 all")
@@ -278,6 +290,8 @@ def _parser():
     add("--last_step_size", type=float, metavar="T")
     add("--sample_eps", type=float, metavar="T", help="what an interpolant leaves out at the ends of time")
     add("--eta", type=float, help="of DDIM: 0 deterministic")
+    add("--choice_temperature", type=float, metavar="T", help="of the noise on tokens' confidences")
+    add("--inverse_temperature", type=float, metavar="X", help="tokens' logits are multiplied by it")
     add("--rtol", type=float, help="of dopri5")
     add("--atol", type=float, help="of dopri5")
     return parser

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eqvae_jax.generators.process import example_keys
+from eqvae_jax.generators.draws import example_keys
 
 # Share of the tokens to mask for a uniform r, in training.
 RATIOS = {

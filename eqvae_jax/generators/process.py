@@ -1,32 +1,40 @@
-"""A process by its config: how a generator learns from a batch, and how it makes one, whichever of the two it is.
+"""A process by its config: how a generator learns from a batch, and how it makes one, whichever of the three it is.
 
     Gaussian diffusion (DiT)    {"kind": "diffusion"}
-    an interpolant (SiT)        {"kind": "interpolant", "path": "linear", "prediction": "velocity", ...}
+    an interpolant (SiT, REPA)  {"kind": "interpolant", "path": "linear", "prediction": "velocity", ...}
+    masked tokens (MaskGIT)     {"kind": "masking", "schedule": "arccos", "label_smoothing": 0.1, ...}
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from eqvae_jax.generators import gaussian_diffusion, interpolant, samplers
+from eqvae_jax.generators import gaussian_diffusion, interpolant, masking, samplers
+from eqvae_jax.generators.draws import example_keys, normal
 from eqvae_jax.generators.guidance import guided, noise_levels
+from eqvae_jax.generators.networks import latent_shape, predict
 
-KINDS = ("diffusion", "interpolant")
-SAMPLERS = {"diffusion": ("ddpm", "ddim"), "interpolant": ("sde", "sde-heun", "euler", "heun", "dopri5")}
+KINDS = ("diffusion", "interpolant", "masking")
+SAMPLERS = {"diffusion": ("ddpm", "ddim"), "interpolant": ("sde", "sde-heun", "euler", "heun", "dopri5"),
+            "masking": masking.SCHEDULES}
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How a sample is made; the numbers that differ from these are flags of sample.py and `config.sampling`.
 
-    sampler: of SAMPLERS, "" for the process's own (ddpm; sde). evaluations: of the network; none for dopri5.
-    guidance: scale of classifier-free guidance, 1 for none. guidance_channels: how many leading channels, 0 for all.
+    sampler: of SAMPLERS, "" for the process's own (ddpm; sde; arccos). evaluations: of the network; none for dopri5.
+    guidance: scale of classifier-free guidance, 1 for none; of tokens that of the last step, to which it grows from
+      none, and so 1 more than the number of MaskGIT's own commands.
+    guidance_channels: how many leading channels, 0 for all.
     guidance_times: (low, high), where to guide, in the process's t as REPA has it; guidance_noise: the same as the
       interval's paper has it, low < sigma <= high; at most one of the two, () for everywhere.
     form, norm, last_step, last_step_size: of the SDE. eta: of DDIM. rtol, atol: of dopri5.
+    choice_temperature, inverse_temperature: of tokens, as masking.Decoding has them.
     """
 
     sampler: str = ""
@@ -42,6 +50,8 @@ class Sampling:
     eta: float = 0.0
     rtol: float = 1e-3
     atol: float = 1e-6
+    choice_temperature: float = 4.5
+    inverse_temperature: float = 1.0
 
 
 class Corrupted(NamedTuple):
@@ -55,9 +65,10 @@ class Corrupted(NamedTuple):
 class Process(NamedTuple):
     """kind: of KINDS. outputs: C of the latents -> how many channels the network gives.
 
-    corrupt: (x (B,h,w,C), key, index (B,)) -> Corrupted; times and noise of an example depend on the key and its index
+    Latents are (B,h,w,C) float32, and of masked tokens (B,h,w) int32.
+    corrupt: (x, key, index (B,)) -> Corrupted; times, noise and masks of an example depend on the key and its index
       alone. loss: (the network's prediction, Corrupted) -> {"loss", ...}, (B,) each.
-    sample: (network_of_labels, labels (B,), null, keys (B,), shape (h,w,C), Sampling) -> latents (B,h,w,C), those of an
+    sample: (network_of_labels, labels (B,), null, keys (B,), shape of a latent, Sampling) -> latents, those of an
       example depending on its own key alone, but for dopri5, whose steps suit a whole batch.
     """
 
@@ -68,13 +79,15 @@ class Process(NamedTuple):
     sample: Callable
 
 
-def make_process(kind="interpolant", times="uniform", **fields) -> Process:
-    """The process of a config's section; fields: of `interpolant.Interpolant`.
+def make_process(kind="interpolant", times="uniform", codes=None, **fields) -> Process:
+    """The process of a config's section; fields: of `interpolant.Interpolant`, or of `masking.Masking`.
 
-    Raises ValueError, naming the field, for what cannot be.
+    codes: how many there are, for masked tokens. Raises ValueError, naming the field, for what cannot be.
     """
     if kind not in KINDS:
         raise ValueError(f"process.kind is {kind!r}; it must be one of {', '.join(KINDS)}.")
+    if kind == "masking":
+        return _masking(masking.Masking(codes=codes, **fields))
     if kind == "diffusion":
         if fields or times != "uniform":
             raise ValueError(f"process: {', '.join(fields) or 'times'} is for an interpolant; Gaussian diffusion has "
@@ -95,19 +108,13 @@ def check_sampling(process, settings):
     for name in ("guidance_times", "guidance_noise"):
         if len(getattr(settings, name)) not in (0, 2):
             raise ValueError(f"{name} is {getattr(settings, name)}; it must be two numbers, or none.")
+    if process.kind == "masking":
+        if settings.guidance_times or settings.guidance_noise:
+            raise ValueError("guidance_times and guidance_noise are for processes in time; with masked tokens guidance "
+                             "grows from none at the first step.")
+        _decoding(settings)
     if process.kind == "diffusion" and settings.guidance_times:
         raise ValueError("guidance_times are those of an interpolant, 0 to 1; for a diffusion's use guidance_noise.")
-
-
-def normal(keys, number, shape):
-    """Standard normal (B, *shape); row b depends on keys[b] and `number` alone."""
-    draw = lambda key: jax.random.normal(jax.random.fold_in(key, number), shape)
-    return jax.vmap(draw)(keys)
-
-
-def example_keys(key, index):
-    """(B,) keys, each of its example's index alone."""
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
 
 def _guided(network_of_labels, labels, null, settings, level):
@@ -170,19 +177,44 @@ def _interpolant(path, times):
     return Process("interpolant", lambda channels: channels, corrupt, loss, sample)
 
 
-def make_images(model, process, settings, space, decode):
+def _decoding(settings):
+    """The masking.Decoding of a Sampling."""
+    if settings.guidance < 1:
+        raise ValueError(f"guidance is {settings.guidance}; with masked tokens it must be at least 1, which is none.")
+    return masking.Decoding(settings.evaluations, settings.sampler or "arccos", settings.guidance - 1,
+                            settings.choice_temperature, settings.inverse_temperature)
+
+
+def _masking(recipe):
+    def corrupt(x, key, index):
+        ids, masked = recipe.corrupt(example_keys(key, index), x)
+        return Corrupted(ids, jnp.zeros(len(x)), (x, masked))
+
+    def loss(prediction, corrupted):
+        return recipe.measure(prediction, *corrupted.truth)
+
+    def sample(network_of_labels, labels, null, keys, shape, settings):
+        network = lambda ids, labels: network_of_labels(ids, None, labels)
+        ids = masking.generate(network, labels, null, keys, math.prod(shape), recipe.codes, _decoding(settings))
+        return ids.reshape(-1, *shape)
+
+    return Process("masking", None, corrupt, loss, sample)
+
+
+def make_images(model, process, settings, decode):
     """(params, decoder's params, keys (B,), labels (B,)) -> (uint8 images (B,H,W,3), whether each is finite (B,)).
 
     To be jitted by the caller.
 
-    model: a network of (x, t, labels) as `dit.DiT`. space: its `to_autoencoder` undoes scale and shift. decode:
-    (params, latents) -> images in [-1, 1]. 8 bits are DiT's: 127.5 x + 128, cut off, which gives every level back.
+    model: a generator's network. decode: (its params, latents as the network knows them) -> images in [-1, 1]. 8 bits
+    are DiT's: 127.5 x + 128, cut off, which gives every level back.
     """
+    null = getattr(model, "null", model.classes)  # the original MaskGIT has none
+
     def images(params, decoder, keys, labels):
-        network = lambda x, t, labels: model.apply({"params": params}, x, t, labels).prediction
-        shape = (model.input_size, model.input_size, model.in_channels)
-        z = process.sample(network, labels, model.classes, keys, shape, settings)      # (B,h,w,C)
-        pixels = decode(decoder, space.to_autoencoder(z))                              # (B,H,W,3)
+        network = lambda x, t, labels: predict(model, params, x, t, labels).prediction
+        z = process.sample(network, labels, null, keys, latent_shape(model), settings)  # (B,h,w,C) or (B,h,w)
+        pixels = decode(decoder, z)                                                    # (B,H,W,3)
         finite = jnp.isfinite(pixels).all((1, 2, 3))                                   # NaN would become 0
         return jnp.clip(127.5 * pixels + 128.0, 0.0, 255.0).astype(jnp.uint8), finite
 

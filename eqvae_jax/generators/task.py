@@ -1,4 +1,4 @@
-"""The generators' task for the one training loop: DiT, SiT and REPA on cached latents."""
+"""The generators' task for the one training loop: DiT, SiT, REPA and MaskGIT on cached latents."""
 
 from functools import partial
 
@@ -8,7 +8,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from eqvae_jax.generators.dit import drop_labels
-from eqvae_jax.generators.process import example_keys, normal
+from eqvae_jax.generators.draws import example_keys, normal
+from eqvae_jax.generators.networks import example_inputs, latent_shape, predict
 from eqvae_jax.generators.repa import alignment_loss
 from eqvae_jax.training.loop import Task
 from eqvae_jax.training.optimizer import ema_update, guarded, make_optimizer
@@ -21,7 +22,7 @@ ROLE = "generator"  # in the state's dicts
 def check(config, model, process, shape, classes, mesh):
     """Raises ValueError, naming the config's field, where numbers do not fit together; before anything is compiled.
 
-    shape, classes: (h, w, C) of the latents, and how many labels they have.
+    shape, classes: of the latents, (h, w, C) or (h, w) of tokens, and how many labels they have.
     """
     micro = mesh.size * config.training.accumulate
     if config.training.accumulate < 1 or config.data.batch_size < 1 or config.data.batch_size % micro:
@@ -33,6 +34,10 @@ def check(config, model, process, shape, classes, mesh):
         raise ValueError(f"label_dropout is {config.label_dropout}; it is a share, 0 or more and below 1.")
     if model.classes < classes:
         raise ValueError(f"model.classes is {model.classes}, and the latents have {classes} classes; 0 takes as many.")
+    if process.kind == "masking":
+        if shape != latent_shape(model):
+            raise ValueError(f"the model takes {latent_shape(model)} tokens; the latents are {shape}.")
+        return
     if shape[0] != shape[1] or shape[0] % model.patch_size:
         raise ValueError(f"the latents are {shape[0]} x {shape[1]}; this model takes squares whose side divides into "
                          f"patches of {model.patch_size}: choose another model.preset or model.patch_size.")
@@ -47,8 +52,9 @@ def generator_task(config, model, process, space, mesh, *, alignment=None, previ
 
     Args:
       config: reads `seed`, `label_dropout`, `optimizer`, `ema_decay`, `training.{accumulate,steps}`, `mesh`.
-      model: (x, t, labels) -> an output with `prediction`, as `dit.DiT`; `model.classes` is the label of no class.
-      process: a `process.Process`. space: its `to_model` gives latents their scale.
+      model: (x, t, labels) -> an output with `prediction`, as `dit.DiT`, or a `maskgit.MaskGIT`; `model.classes` is the
+        label of no class.
+      process: a `process.Process`. space: its `to_model` gives latents their scale; tokens have none.
       alignment: a `repa.Alignment`, for a model that also says `projected` and batches with `image`.
       preview: (params, batch) -> {name: images}, and measures: name -> (params) -> float, of the averaged weights.
       init_params: weights to start from; None draws them.
@@ -61,8 +67,7 @@ def generator_task(config, model, process, space, mesh, *, alignment=None, previ
 
     def init(params, key):
         if params is None:
-            x = jnp.zeros((1, model.input_size, model.input_size, model.in_channels))
-            params = model.init(key, x, jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
+            params = model.init(key, *example_inputs(model))["params"]
         params = {ROLE: jax.tree.map(jnp.asarray, params)}
         ema = jax.tree.map(jnp.array, params) if config.ema_decay else None  # a copy: a donated buffer has one owner
         return TrainState.create(params, {ROLE: optimizer.init(params[ROLE])}, ema)
@@ -70,12 +75,16 @@ def generator_task(config, model, process, space, mesh, *, alignment=None, previ
     init = jax.tree_util.Partial(init, init_params)
     shardings = state_shardings(mesh, jax.eval_shape(init, root), config.mesh.min_shard_size)
 
-    def losses(params, alignment, batch, labels, key):
+    def latents(batch, key):
+        if "tokens" in batch:
+            return batch["tokens"]                                                     # (B,h,w)
+        noise = normal(example_keys(key, batch["index"]), 0, batch["mean"].shape[1:])
+        return space.to_model(batch["mean"] + batch["std"] * noise)                    # (B,h,w,C)
+
+    def losses(params, alignment, batch, labels, key, dropout=None):
         posterior, rest = jax.random.split(key)
-        noise = normal(example_keys(posterior, batch["index"]), 0, batch["mean"].shape[1:])
-        x = space.to_model(batch["mean"] + batch["std"] * noise)                       # (B,h,w,C)
-        seen = process.corrupt(x, rest, batch["index"])
-        output = model.apply({"params": params}, seen.x_t, seen.t, labels)
+        seen = process.corrupt(latents(batch, posterior), rest, batch["index"])
+        output = predict(model, params, seen.x_t, seen.t, labels, dropout)
         values = process.loss(output.prediction, seen)
         if alignment:
             features = alignment.encode(alignment.params, batch["image"])              # (B,N,Z)
@@ -85,12 +94,13 @@ def generator_task(config, model, process, space, mesh, *, alignment=None, previ
         return values
 
     def gradients(params, alignment, batch, key):
-        dropout, rest = jax.random.split(key)
-        keys = example_keys(dropout, batch["index"])
+        unlabelled, rest = jax.random.split(key)
+        keys = example_keys(unlabelled, batch["index"])
         labels = drop_labels(keys, batch["label"], config.label_dropout, model.classes)
+        dropout = example_keys(jax.random.fold_in(key, 2), batch["index"])
 
         def loss(params):
-            values = jax.tree.map(jnp.mean, losses(params, alignment, batch, labels, rest))
+            values = jax.tree.map(jnp.mean, losses(params, alignment, batch, labels, rest, dropout))
             return values["loss"], values
 
         grads, values = jax.grad(loss, has_aux=True)(params)

@@ -4,6 +4,8 @@ import os
 import pathlib
 
 FEW_NAMES = 3  # shown without --verbose
+SUFFIXES = {kind: (".safetensors", ".pt") for kind in ("dit", "sit", "repa")}  # of files; .ckpt of others
+SUFFIXES["maskgit"] = (".safetensors", ".pt", ".pth", ".msgpack")
 
 
 def check_target(source, target, overwrite):
@@ -14,9 +16,9 @@ def check_target(source, target, overwrite):
     """
     path, origin = pathlib.Path(target.rest).resolve(), pathlib.Path(source.rest).resolve()
     folder = target.kind == "diffusers"
-    pickle = ".pt" if target.kind in ("dit", "sit", "repa") else ".ckpt"
-    if not folder and path.suffix not in (".safetensors", pickle):
-        raise ValueError(f"{target}: a file's name ends in .safetensors or {pickle}, which says how it is written.")
+    suffixes = SUFFIXES.get(target.kind, (".safetensors", ".ckpt"))
+    if not folder and path.suffix not in suffixes:
+        raise ValueError(f"{target}: a file's name ends in {' or '.join(suffixes)}, which says how it is written.")
     inside = origin == path.parent if source.kind == "diffusers" else origin.is_file() and origin.parent == path
     if source.kind != "init" and (path == origin or inside):
         raise ValueError(f"{target} is where {source} is read from: write elsewhere.")

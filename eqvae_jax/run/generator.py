@@ -1,4 +1,4 @@
-"""Wires the training of a generator on cached latents: configs/dit.py, configs/sit.py, configs/repa.py."""
+"""Wires the training of a generator on cached latents: configs/dit.py, sit.py, repa.py and maskgit.py."""
 
 from absl import logging
 
@@ -37,7 +37,7 @@ def preflight(config):
     if not config.label_dropout and config.sampling.guidance != 1:
         raise ValueError(f"sampling.guidance is {config.sampling.guidance:g} but label_dropout 0: guidance needs a "
                          "network that has learnt without labels too.")
-    if config.data.scale not in ("autoencoder", "measured"):
+    if config.process.kind != "masking" and config.data.scale not in ("autoencoder", "measured"):
         raise ValueError(f"data.scale is {config.data.scale!r}; it must be \"autoencoder\" or \"measured\".")
     if config.model.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"model.dtype is {config.model.dtype!r}; it must be \"float32\" or \"bfloat16\".")
@@ -58,8 +58,12 @@ def train(config, workdir):
     latents = cache.open_latents(data.latents)
     held_out = cache.open_latents(data.evaluation) if data.evaluation else latents
     check_held_out(latents, held_out)
-    space = chosen_space(latents, data.scale)
-    process, sampling = make_process(**config.process), Sampling(**config.sampling)
+    check_kind(latents, config.process.kind)
+    if latents.is_tokens:
+        space, codes = latents.space, {"codes": latents.manifest["autoencoder"]["codes"]}
+    else:
+        space, codes = chosen_space(latents, data.scale), {}
+    process, sampling = make_process(**config.process, **codes), Sampling(**config.sampling)
     check_sampling(process, sampling)
     model, alignment = build(config.model, latents, process), None
     if config.alignment:
@@ -82,7 +86,16 @@ def train(config, workdir):
     return int(int(state.step) < config.training.steps)
 
 
-KINDS = {"diffusion": "dit", "interpolant": "sit"}  # process -> the public files it shares a layout with
+KINDS = {"diffusion": "dit", "interpolant": "sit", "masking": "maskgit"}  # process -> whose files' layout
+
+
+def check_kind(latents, process):
+    """Raises ValueError where a process is given latents of the other kind."""
+    if latents.is_tokens != (process == "masking"):
+        here, there = ("tokens", "posteriors") if latents.is_tokens else ("posteriors", "tokens")
+        configs = "maskgit.py" if latents.is_tokens else "dit.py, sit.py or repa.py"
+        raise ValueError(f"{latents!r} holds {here} of {latents.space.reference}, and this config learns {there}: take "
+                         f"configs/{configs}.")
 
 
 def check_held_out(latents, held_out):
@@ -147,18 +160,21 @@ def chosen_space(latents, scale):
     return space
 
 
+SIZES = ("depth", "width", "heads", "patch_size", "mlp_size", "classes")  # fields of config.model that 0 leaves open
+
+
 def build(section, latents, process):
     """The network of config.model for these latents; fields that are 0 are the preset's."""
-    from eqvae_jax.generators import dit
+    from eqvae_jax.generators import dit, maskgit
 
-    fields = dict(section)
+    fields = {key: value for key, value in section.items() if key not in SIZES or value}
     name = fields.pop("preset")
-    sizes = {key: fields.pop(key) for key in ("depth", "width", "heads", "patch_size")}
+    fields = dict(input_size=latents.shape[0], classes=latents.manifest["classes"]) | fields
+    if process.kind == "masking":
+        return maskgit.preset(name, codes=latents.manifest["autoencoder"]["codes"], **fields)
     channels = latents.shape[2]
-    fields |= {key: value for key, value in sizes.items() if value}
-    return dit.preset(name, input_size=latents.shape[0], in_channels=channels, out_channels=process.outputs(channels),
-                      reversed_time=process.kind == "interpolant", classes=fields.pop("classes") or
-                      latents.manifest["classes"], **fields)
+    return dit.preset(name, in_channels=channels, out_channels=process.outputs(channels),
+                      reversed_time=process.kind == "interpolant", **fields)
 
 
 def pictures(config, model, process, sampling, space, latents, mesh):
@@ -219,23 +235,26 @@ def frechet(config, sampler, latents):
 def parameter_shapes(model):
     """Of the parameters under "params", nothing computed."""
     import jax
-    import jax.numpy as jnp
 
-    x = jnp.zeros((1, model.input_size, model.input_size, model.in_channels))
-    return jax.eval_shape(model.init, jax.random.key(0), x, jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
+    from eqvae_jax.generators.networks import example_inputs
+
+    return jax.eval_shape(model.init, jax.random.key(0), *example_inputs(model))["params"]
 
 
 def describe(config, model, process, latents, held_out, space, mesh, overview):
     """Prints, before the first step, the numbers that decide what a run costs and does."""
-    from eqvae_jax.generators.dit import forward_macs
+    from eqvae_jax.generators import dit, maskgit
 
     count = overview.count_parameters(parameter_shapes(model))
+    macs = (maskgit if latents.is_tokens else dit).forward_macs(model)
+    numbers = (f"{latents.manifest['autoencoder']['codes']:,} codes" if latents.is_tokens else
+               f"times {space.scale:.4g} after - {space.shift:.4g}")
     print(f"{config.data.latents}: {len(latents):,} latents of {' x '.join(map(str, latents.shape))} in "
-          f"{latents.manifest['classes']} classes, times {space.scale:.4g} after - {space.shift:.4g}; evaluated on "
+          f"{latents.manifest['classes']} classes, {numbers}; evaluated on "
           f"{'the same' if held_out is latents else held_out.directory}.\n"
           f"{count:,} parameters in {model.depth} blocks of {model.width}, "
-          f"{(model.input_size // model.patch_size) ** 2} tokens, computed in {config.model.dtype}; "
-          f"{6 * forward_macs(model) / 1e9:.3g} GFLOP an image of training.\n"
+          f"{(model.input_size // getattr(model, 'patch_size', 1)) ** 2} tokens, computed in {config.model.dtype}; "
+          f"{6 * macs / 1e9:.3g} GFLOP an image of training.\n"
           f"Batch {config.data.batch_size} = {mesh.size} devices x "
           f"{config.data.batch_size // (mesh.size * config.training.accumulate)} x accumulation "
           f"{config.training.accumulate}; {dict(config.process)}.")

@@ -1,12 +1,13 @@
 """Generator weights from one format into another, for convert.py."""
 
+import functools
 import pathlib
 
 from eqvae_jax.run.conversion import parameter_table, show
 
-FILES = ("dit", "sit", "repa")
+FILES = ("dit", "sit", "repa", "maskgit")
 OF_AUTOENCODERS = ("scale", "shift", "latent_stats")
-OF_FILES = ("heads", "prediction")  # options that say what a public file does not
+OF_FILES = ("heads", "codes", "prediction")  # options that say what a public file does not
 
 
 def is_generator(source, target):
@@ -32,11 +33,10 @@ def convert_generator(options, source, target):
     if known and source.kind == "workdir":
         raise ValueError(f"--{', --'.join(known)}: of files; a run says it itself.")
     model, params, spec = weights.load_generator(str(source), **known)
-    conditioning = ("patch", "time_in", "time_out", "labels")
-    blocks = tuple(name for name in params if name.startswith("block_"))
-    projector = tuple(name for name in params if name.startswith("projector_"))
-    show(describe(model, spec), parameter_table(params, (*conditioning, *blocks, *projector, "final_modulation",
-                                                         "final"), options.verbose))
+    before = [name for name in ("patch", "time_in", "time_out", "labels", "tokens", "positions") if name in params]
+    blocks = [name for name in params if name.startswith("block_")]
+    after = [name for name in params if name not in {*before, *blocks}]
+    show(describe(model, spec), parameter_table(params, (*before, *blocks, *after), options.verbose))
     if target:
         pathlib.Path(target.rest).parent.mkdir(parents=True, exist_ok=True)
         weights.save_generator(str(target), model, params, spec)
@@ -45,15 +45,20 @@ def convert_generator(options, source, target):
 
 def describe(model, spec):
     """Lines that say what a generator is and what it learnt."""
-    processes = {"dit": "Gaussian diffusion", "sit": "an interpolant", "repa": "an interpolant, aligned"}
-    size = f"{model.input_size} x {model.input_size} x {model.in_channels}"
+    from eqvae_jax.generators.networks import latent_shape
+
+    processes = {"dit": "Gaussian diffusion", "sit": "an interpolant", "repa": "an interpolant, aligned",
+                 "maskgit": "masked tokens", "maskgit-original": "masked tokens, the original network"}
+    tokens = spec.kind.startswith("maskgit")
+    patches = "" if tokens else f", patches of {model.patch_size}"
+    gives = f"{model.codes:,} codes" if tokens else f"the network gives {model.out_channels} channels"
     latents = spec.latents and (f"{spec.latents['reference']} (hash {spec.latents['hash']}), times "
                                 f"{spec.latents['scale']:.6g} after - {spec.latents['shift']:.6g}")
     return [
         f"reference   {spec.source}",
         f"kind        {spec.kind}, {processes[spec.kind]} {spec.process or ''}".rstrip(),
-        f"network     {model.depth} blocks of {model.width}, {model.heads} heads, patches of {model.patch_size}",
-        f"latent      {size}; the network gives {model.out_channels} channels",
+        f"network     {model.depth} blocks of {model.width}, {model.heads} heads{patches}",
+        f"latent      {' x '.join(map(str, latent_shape(model)))}; {gives}",
         f"latents of  {latents or 'an autoencoder that the file does not name'}",
         f"classes     {model.classes:,}",
         f"hash        {spec.hash}",
@@ -69,18 +74,22 @@ def verify(target, model, params, spec):
     import numpy as np
 
     from eqvae_jax import weights
+    from eqvae_jax.generators.networks import latent_shape, predict
 
     advice = "Do not use it; write it again, and if that does not help, to another disk."
     try:
-        back, read, _ = weights.load_generator(str(target), prediction=spec.process.get("prediction", "velocity"))
+        known = {"codes": model.codes, "heads": model.heads} if spec.kind.startswith("maskgit") else {}
+        back, read, _ = weights.load_generator(str(target), prediction=spec.process.get("prediction", "velocity"),
+                                               **known)
     except (ValueError, OSError) as error:
         raise ValueError(f"{target} was written but cannot be read back: {error}\n{advice}") from error
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(3, model.input_size, model.input_size, model.in_channels)).astype(np.float32)
-    t, labels = np.array([0.1, 0.5, 0.9], np.float32), np.array([0, model.classes - 1, model.classes], np.int32)
+    shape, null = (3, *latent_shape(model)), getattr(model, "null", model.classes)
+    x = rng.integers(0, model.codes + 1, shape) if len(shape) == 3 else rng.normal(size=shape).astype(np.float32)
+    t, labels = np.array([0.1, 0.5, 0.9], np.float32), np.array([0, model.classes - 1, null or 0], np.int32)
     with jax.default_matmul_precision("highest"):
-        ours = jax.jit(model.apply)({"params": params}, x, t, labels).prediction
-        theirs = jax.jit(back.apply)({"params": read}, x, t, labels).prediction
+        ours = jax.jit(functools.partial(predict, model))(params, x, t, labels).prediction
+        theirs = jax.jit(functools.partial(predict, back))(read, x, t, labels).prediction
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     scale = np.abs(ours).max()
     difference = np.abs(ours - theirs).max()

@@ -5,7 +5,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from eqvae_jax.evaluation.reconstruction import functions
-from eqvae_jax.generators.process import example_keys, make_images
+from eqvae_jax.generators.draws import example_keys
+from eqvae_jax.generators.networks import latent_shape
+from eqvae_jax.generators.process import make_images
 from eqvae_jax.training.metrics import to_host
 from eqvae_jax.training.sharding import AXES
 
@@ -34,11 +36,17 @@ class Sampler:
                              "wrong.")
         if batch < 1:
             raise ValueError(f"a batch of {batch} images must be at least 1.")
+        if len(latent_shape(model)) == 2 and getattr(decoder, "codebook_size", None) != model.codes:
+            raise ValueError(f"the generator makes tokens of {model.codes:,} codes, and {spec.reference} has "
+                             f"{getattr(decoder, 'codebook_size', 'no')}.")
         self.model, self.mesh, self.batch = model, mesh, -(-batch // mesh.size) * mesh.size
         self._key = jax.random.key(seed)
         self._decoder = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-        _, decode = functions(decoder)
-        make = make_images(model, process, settings, space, decode)
+        if len(latent_shape(model)) == 2:
+            decode = lambda params, ids: decoder.apply({"params": params}, ids, method="decode_indices")
+        else:
+            decode = lambda params, z: functions(decoder)[1](params, space.to_autoencoder(z))
+        make = make_images(model, process, settings, decode)
 
         @jax.jit
         def images(params, decoder, key, number, label):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from eqvae_jax.generators.draws import example_keys
 from eqvae_jax.generators.masking import Decoding, Masking, decode, generate, guided_logits, gumbel_noise, plan
-from eqvae_jax.generators.process import example_keys
 
 # (settings, tokens) -> tokens that each step fixes, measured on the two released codes
 PUBLISHED = {

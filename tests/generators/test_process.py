@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from eqvae_jax.generators import gaussian_diffusion
-from eqvae_jax.generators.process import SAMPLERS, Sampling, check_sampling, example_keys, make_process
+from eqvae_jax.generators.draws import example_keys
+from eqvae_jax.generators.process import SAMPLERS, Sampling, check_sampling, make_process
 
 SHAPE, NULL = (3, 3, 4), 2
 TARGETS = np.random.default_rng(1).normal(size=(NULL + 1, *SHAPE)).astype(np.float32)  # the data of each label

@@ -1,0 +1,33 @@
+"""What the generators' networks have in common: DiT's and REPA's see latents at a time, MaskGIT's see tokens."""
+
+import jax
+import jax.numpy as jnp
+
+
+def latent_shape(model):
+    """Of one latent of a generator: (h,w,C), or (h,w) of tokens."""
+    side = (model.input_size, model.input_size)
+    return side if hasattr(model, "codes") else (*side, model.in_channels)
+
+
+def example_inputs(model):
+    """Zeros that a generator's network takes: (x_t, t, labels), or (ids, labels), of one example."""
+    labels, shape = jnp.zeros(1, jnp.int32), (1, *latent_shape(model))
+    if hasattr(model, "codes"):
+        return jnp.zeros(shape, jnp.int32), labels
+    return jnp.zeros(shape), jnp.zeros(1), labels
+
+
+def predict(model, params, x_t, t, labels, dropout=None):
+    """The network's output: of `dit.DiT` and the like, or of MaskGIT's, which is told no time.
+
+    dropout: (B,) keys while training, of each example its own; DiT's have no dropout.
+    """
+    if not hasattr(model, "codes"):
+        return model.apply({"params": params}, x_t, t, labels)
+    if dropout is None:
+        return model.apply({"params": params}, x_t, labels)
+    one = lambda ids, label, key: model.apply({"params": params}, ids[None], label[None], train=True,
+                                              rngs={"dropout": key})
+    output = jax.vmap(one)(x_t, labels, dropout)                              # (B, 1, N, K)
+    return output._replace(prediction=output.prediction[:, 0])
