@@ -210,14 +210,13 @@ def test_every_noise_is_its_own_draw():
     assert not np.isin(np.asarray(choice), np.asarray(sample)).any()
 
 
-@pytest.mark.parametrize("guidance", [0.0, 3.0])
-def test_tokens_of_an_example_depend_on_its_own_key_alone(rng, guidance):
+def test_tokens_of_an_example_depend_on_its_own_key_alone(rng):
     base = toy(rng, CODES + 1)
     network = lambda ids, labels: base(ids, 0) * (1 + 0.2 * labels[:, None, None])
 
     def run(numbers):
         return np.asarray(jax.jit(lambda keys, labels: generate(
-            network, labels, 2, keys, TOKENS, CODES, Decoding(5, guidance=guidance)))(
+            network, labels, 2, keys, TOKENS, CODES, Decoding(5)))(
                 keys_of(numbers, 3), jnp.asarray(numbers) % 2))
 
     whole = run([0, 1, 2, 3, 4])
