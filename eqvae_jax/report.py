@@ -1,5 +1,9 @@
-"""Compares training runs on held-out images: metrics.json, PNG and PDF figures, and one report.html.
+"""Compares training runs: metrics.json, PNG and PDF figures, and one report.html.
 
+Autoencoders are measured on held-out images; of generators it shows what they logged, and how much sooner one is as far
+as another.
+
+    python -m eqvae_jax.report --runs control=RUNS/sit-control EQ=RUNS/sit-eq --output=REPORT
     python -m eqvae_jax.report --runs control=RUNS/control EQ=RUNS/eq --images=photos:test --output=REPORT
     python -m eqvae_jax.report --workdir=RUNS/eq --images=folder:VAL --limit=500 --output=REPORT
 
@@ -18,8 +22,8 @@ from eqvae_jax.data.images import TooManyBroken
 from eqvae_jax.evaluation import charts, comparison, exhibits, feature_sets, figures, page, provenance
 from eqvae_jax.evaluation.tables import format_table, verdict
 from eqvae_jax.features.inception import PROTOCOLS
+from eqvae_jax.run import generator_report
 from eqvae_jax.training.checkpoint import saved_steps
-from eqvae_jax.training.workdir import differences
 
 _ABOUT = (
     """An autoencoder E, D turns an image into a small latent and back. EQ-VAE (arXiv 2502.09509) fine-tunes it so
@@ -154,7 +158,7 @@ def write(document, shown, histories, output):
     configs = {name: run["config"] for name, run in document["runs"].items()}
     title = "How equivariant is the latent space? " + ", ".join(document["results"])
     paragraphs = [" ".join(text.split()) for text in _ABOUT]
-    text = page.render(title, paragraphs, document, pictures, configs, _differing(configs))
+    text = page.render(title, paragraphs, document, pictures, configs, page.differing_rows(configs))
     path = output / "report.html"
     with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -168,20 +172,13 @@ def _config(workdir):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _differing(configs):
-    """Rows (leaf, its value in each run) of the leaves in which any run differs from the first."""
-    first, *others = configs.values()
-    leaves = sorted({leaf for other in others for leaf, _, _ in differences(first, other)})
-    rows = []
-    for leaf in leaves:
-        values = []
-        for config in configs.values():
-            value = config
-            for part in leaf.split("."):
-                value = value.get(part, "absent") if isinstance(value, dict) else "absent"
-            values.append(value if isinstance(value, str) else json.dumps(value))
-        rows.append((leaf, *values))
-    return rows
+def of_generators(runs):
+    """Whether these are runs of generators; raises ValueError where only some are."""
+    tasks = {name: _config(workdir).get("task") for name, workdir in runs.items()}
+    generators = [name for name, task in tasks.items() if task == "generator"]
+    if generators and len(generators) < len(tasks):
+        raise ValueError(f"{', '.join(generators)}: of generators, and the other runs are not; compare like with like.")
+    return bool(generators)
 
 
 def main(arguments=None):
@@ -189,10 +186,16 @@ def main(arguments=None):
     options = _parser().parse_args(arguments)
     use_compilation_cache()
     try:
+        runs = comparison.named(options.runs) if options.runs else {
+            pathlib.Path(options.workdir).resolve().name: options.workdir}
+        if of_generators(runs):
+            configs = {name: _config(workdir) for name, workdir in runs.items()}
+            document = generator_report.compare(runs, configs, options.output)
+            print(generator_report.as_text(document["results"]))
+            print(f"wrote {pathlib.Path(options.output) / 'report.html'}")
+            return 0
         document = compare(
-            comparison.named(options.runs)
-            if options.runs
-            else {pathlib.Path(options.workdir).resolve().name: options.workdir},
+            runs,
             images=options.images,
             output=options.output,
             image_size=options.image_size,

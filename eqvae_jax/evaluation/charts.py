@@ -229,7 +229,7 @@ def convergence(runs, label, baseline=None, width=COLUMN):
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}K" if step >= 1000 else f"{step:g}")
     axis.set_xlabel("training step")
-    axis.set_ylabel(f"{plain(label)}, lower is better")
+    axis.set_ylabel(f"{plain(label)}\nlower is better")
     figure.legend(loc="outside upper left")  # below one another: names are long, and inside they would hide curves
     return figure
 

@@ -7,6 +7,7 @@ import re
 from typing import NamedTuple
 
 from eqvae_jax.evaluation import tables
+from eqvae_jax.training.workdir import differences
 
 _STYLE = """
 :root {
@@ -97,29 +98,60 @@ def render(title, paragraphs, document, pictures, configs, differing):
       title, paragraphs: plain text. document: from comparison.compare. pictures: list of Picture.
       configs: name -> resolved config (a nested dict) of each run. differing: rows (leaf, value of each run).
     """
-    names = list(document["results"])
     verdict = tables.verdict(document)
-    parts = [
+    parts = [paragraph(text) for text in paragraphs]
+    parts += [f'<p class="verdict">{escape(verdict)}</p>\n'] if verdict else []
+    parts += [heading("Numbers"), _numbers(document)]
+    parts += [picture(one) for one in pictures]
+    parts += [*configurations(configs, differing), heading("How the numbers were made"), _provenance(document)]
+    return frame(title, parts)
+
+
+def frame(title, parts):
+    """A whole page from the HTML of its parts."""
+    return "".join([
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n',
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n',
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n',
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n",
-        f"<h1>{escape(title)}</h1>\n",
-    ]
-    parts += [f"<p>{escape(text)}</p>\n" for text in paragraphs]
-    parts += [f'<p class="verdict">{escape(verdict)}</p>\n'] if verdict else []
-    parts += ["<h2>Numbers</h2>\n", _numbers(document)]
-    parts += [_picture(picture) for picture in pictures]
-    parts.append("<h2>How the runs were made</h2>\n")
+        f"<h1>{escape(title)}</h1>\n", *parts, "</main>\n</body>\n</html>\n",
+    ])
+
+
+def heading(text):
+    return f"<h2>{escape(text)}</h2>\n"
+
+
+def paragraph(text):
+    return f"<p>{escape(' '.join(text.split()))}</p>\n"
+
+
+def configurations(configs, differing=None):
+    """The parts that say how runs were made: configs is name -> nested dict; differing is found where not given."""
+    differing = differing_rows(configs) if differing is None else differing
+    parts = [heading("How the runs were made")]
     if differing:
         parts += [
             "<p>These settings differ between the runs; all others are the same.</p>\n",
-            _table(["setting", *names], differing),
+            table(["setting", *configs], differing),
         ]
-    for name, config in configs.items():
-        parts.append(_details(f"Configuration of {name}", config))
-    parts += ["<h2>How the numbers were made</h2>\n", _provenance(document)]
-    return "".join([*parts, "</main>\n</body>\n</html>\n"])
+    return [*parts, *(_details(f"Configuration of {name}", config) for name, config in configs.items())]
+
+
+def differing_rows(configs):
+    """Rows (leaf, its value in each run) of the leaves in which any config differs from the first."""
+    first, *others = configs.values()
+    leaves = sorted({leaf for other in others for leaf, _, _ in differences(first, other)})
+    rows = []
+    for leaf in leaves:
+        values = []
+        for config in configs.values():
+            value = config
+            for part in leaf.split("."):
+                value = value.get(part, "absent") if isinstance(value, dict) else "absent"
+            values.append(value if isinstance(value, str) else json.dumps(value))
+        rows.append((leaf, *values))
+    return rows
 
 
 def _greek(text):
@@ -162,11 +194,12 @@ def _images(document):
     return f"{images['count']} images of {side} × {side} pixels from {images['reference']}, {images['crop']}"
 
 
-def _picture(picture):
+def picture(picture):
+    """A Picture with its heading and caption."""
     data = base64.b64encode(picture.png).decode("ascii")
-    heading = f"<h2>{escape(picture.heading)}</h2>\n" if picture.heading else ""
+    above = heading(picture.heading) if picture.heading else ""
     return (
-        f'{heading}<figure><img alt="{escape(picture.description)}" src="data:image/png;base64,{data}">\n'
+        f'{above}<figure><img alt="{escape(picture.description)}" src="data:image/png;base64,{data}">\n'
         f"<figcaption>{escape(picture.caption)}</figcaption></figure>\n"
     )
 
@@ -188,10 +221,11 @@ def _provenance(document):
         rows.append(["features of rFID", "{name}, weights {hash}, input {protocol}".format(**features)])
     rows += [[key, value] for key, value in document["software"].items()]
     rows.append(["command", " ".join(document["command"])])
-    return _table(["", ""], rows) + _details("Every number, as in metrics.json", document["results"])
+    return table(["", ""], rows) + _details("Every number, as in metrics.json", document["results"])
 
 
-def _table(head, rows):
+def table(head, rows):
+    """A table of text: head, names of the columns; rows, of which the first cell is a heading."""
     columns = "".join(f'<th scope="col">{escape(text)}</th>' for text in head) if any(head) else ""
     top = f"<thead><tr>{columns}</tr></thead>\n" if columns else ""
     lines = []

@@ -130,3 +130,30 @@ def test_what_cannot_work_is_refused(workdirs, tmp_path, capsys, arguments, mess
     assert report.main([*arguments, f"--output={tmp_path / 'out'}"]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "report.html").exists()
+
+
+def generator_run(root, name, distances, task="generator"):
+    """A workdir as far as a report of generators looks at it."""
+    workdir = root / name
+    (workdir / "previews").mkdir(parents=True)
+    rows = [{"step": step, "split": "eval", "loss": 1.0 / step, "FID(toy)_of_5": value} for step, value in distances]
+    rows += [{"step": step, "split": "train", "loss": 2.0 / step, "learning_rate": 0.1} for step in range(1, 9)]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (workdir / "config.json").write_text(json.dumps({"task": task, "data": {"latents": name}, "seed": 0}))
+    return f"{name}={workdir}"
+
+
+def test_generators_are_compared_by_how_fast_they_learn(tmp_path, capsys):
+    runs = [generator_run(tmp_path, "control", [(4, 20.0), (8, 10.0)]),
+            generator_run(tmp_path, "eq", [(4, 12.0), (8, 4.0)])]
+    assert report.main(["--runs", *runs, f"--output={tmp_path / 'report'}"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"step +8 +8\n", printed) and re.search(r"FID\(toy\)_of_5 +10 +4\n", printed)
+    assert re.search(r"steps until FID\(toy\)_of_5 is control's last +5\n", printed)  # 12 at 4, 10 at 5, 4 at 8
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {
+        "metrics.json", "report.html", "convergence_0.png", "convergence_0.pdf", "curves.png", "curves.pdf"}
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "data.latents" in page
+    assert report.main(["--runs", runs[0], generator_run(tmp_path, "other", [(1, 1.0)], task="autoencoder"),
+                        f"--output={tmp_path / 'x'}"]) == 2
+    assert "control: of generators, and the other runs are not" in capsys.readouterr().err
