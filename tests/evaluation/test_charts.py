@@ -70,7 +70,7 @@ def test_convergence_says_how_much_sooner_the_baselines_end_is_reached():
     labels = axis.get_legend_handles_labels()[1]
     assert labels == ["SD-VAE", "+ EQ (2.7× faster)", "worse"]  # 25 at step 150
     assert [150, 25.0] in [line.get_xydata()[0].tolist() for line in axis.lines]
-    assert axis.get_ylabel() == "gFID, lower is better" and axis.get_yscale() == "log"
+    assert axis.get_ylabel() == "gFID\nlower is better" and axis.get_yscale() == "log"
     figure.savefig(io.BytesIO())  # draws every text
     assert not [text for text in texts(charts.convergence(runs, "gFID")) if "faster" in text]
 
