@@ -9,11 +9,14 @@
 # VENV and RUNS name other directories than .venv and runs; PYTHON another interpreter than python3.
 set -euo pipefail
 if [ $# -lt 1 ]; then
-  sed -n 2,10p "$0" >&2
+  sed -n 2,9p "$0" >&2
   exit 2
 fi
 images="idx:$(realpath "$1")"
 shift
+for generator in "$@"; do
+  case "$generator" in sit | repa | maskgit) ;; *) echo "there is no generator $generator: sit, repa, maskgit" >&2; exit 2 ;; esac
+done
 cd "$(dirname "$0")/.."
 source launch/environment.sh ""
 runs="${RUNS:-runs}/fashion"
@@ -26,7 +29,6 @@ for generator in "${@:-sit}"; do
     sit) kind=sdvae ;;
     repa) kind=sdvae more=(--config.alignment.encoder="workdir:$runs/cnn") ;;
     maskgit) kind=vqgan ;;
-    *) echo "there is no generator $generator: sit, repa, maskgit" >&2; exit 2 ;;
   esac
   python -m eqvae_jax.main --config="configs/eq_$kind.py:fashion" --workdir="$runs/$kind" "${data[@]}"
   generated=()
