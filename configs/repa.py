@@ -3,7 +3,8 @@
     --config=configs/repa.py:XL_2 --config.data.latents=DIR --config.alignment.encoder=dinov2:dinov2_vitb14_pretrain.pth
     --config=configs/repa.py:quickstart, :smoke      as configs/sit.py; the encoder is a run of fashion_classifier.py
 
-DIR is written by python -m eqvae_jax.encode --keep_images. Source: [R] sihyun-yu/REPA and its paper.
+DIR is written by python -m eqvae_jax.encode --keep_images. 8-bit images are made as DiT's; REPA's own command cuts off
+255 (x + 1) / 2, half a level darker. Source: [R] sihyun-yu/REPA and its paper.
 """
 
 from pathlib import Path

@@ -71,7 +71,7 @@ def sample(options):
     chosen = {name: getattr(options, name) for name in ("path", "sample_eps") if getattr(options, name) is not None}
     codes = {"codes": model.codes} if hasattr(model, "codes") else {}
     process = make_process(**PUBLISHED[spec.kind] | spec.process | chosen | codes)
-    settings = chosen_settings(options, spec)
+    settings = chosen_settings(options, spec, process)
     check_sampling(process, settings)
     check_classes(options.classes, model)
     reference = options.autoencoder or (spec.latents and spec.latents["reference"])
@@ -102,9 +102,18 @@ def load(options):
 
     known = {name: getattr(options, name) for name in ("heads", "prediction", "codes")
              if getattr(options, name) is not None}
-    if options.generator.startswith("workdir:") and (known or options.path):
-        raise ValueError("--heads, --codes, --prediction and --path are for files; a run says it itself.")
+    check_file_options(options.generator, [*known, *(["path"] if options.path else [])])
     return weights.load_generator(options.generator, scan=True, **known)  # scan: compiles one block instead of all
+
+
+def check_file_options(generator, given):
+    """Raises ValueError where options that say what a public file does not are given for another generator."""
+    kind = generator.partition(":")[0]
+    kinds = {"heads": ("dit", "sit", "repa", "maskgit"), "codes": ("maskgit",), "prediction": ("sit",),
+             "path": ("sit", "repa")}
+    if wrong := [f"--{name}" for name in given if kind not in kinds[name]]:
+        advice = "a run says it itself" if kind == "workdir" else f"a {kind}: file has no such choice"
+        raise ValueError(f"{', '.join(wrong)}: {advice}.")
 
 
 def make(sampler, params, options, output, made_with, size):
@@ -227,14 +236,20 @@ def partial_path(output):
     return output.with_name(f"{output.name}.unfinished")
 
 
-def chosen_settings(options, spec):
-    """The Sampling of the run's config, with what the command line says in its place."""
-    from eqvae_jax.generators.process import Sampling
+def chosen_settings(options, spec, process):
+    """The Sampling of the run's config, with what the command line says in its place.
+
+    Raises ValueError for flags that this process does not have.
+    """
+    from eqvae_jax.generators.process import FIELDS, Sampling
 
     known = spec.sampling or PUBLISHED_SAMPLING.get(spec.kind, {})
     settings = Sampling(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Sampling)
              if getattr(options, field.name) is not None}
+    if wrong := [f"--{name}" for name in given if name not in FIELDS[process.kind]]:
+        raise ValueError(f"{', '.join(wrong)}: this generator's process ({process.kind}) has no such choice; it has "
+                         f"{', '.join(FIELDS[process.kind])}.")
     return dataclasses.replace(settings, **{name: tuple(value) if isinstance(value, list) else value
                                             for name, value in given.items()})
 
@@ -243,9 +258,8 @@ def check_classes(policy, model):
     """Raises ValueError for a policy that is neither of the two words nor a class of the model."""
     if policy in ("uniform", "balanced"):
         return
-    null = getattr(model, "null", model.classes)  # the original MaskGIT has none
-    if not policy.isdecimal() or int(policy) > (model.classes - 1 if null is None else null):
-        none = "" if null is None else f" ({null}: no class)"
+    if not policy.isdecimal() or int(policy) > (model.classes - 1 if model.null is None else model.null):
+        none = "" if model.null is None else f" ({model.null}: no class)"
         raise ValueError(f"--classes={policy} is neither uniform nor balanced nor a class of this generator, 0 to "
                          f"{model.classes - 1}{none}.")
 

@@ -144,6 +144,15 @@ def test_codes_and_kept_images_are_those_of_the_image_and_of_its_mirror_image(fo
     assert f"{used} of 16 codes are used" in capsys.readouterr().out
 
 
+def test_a_cache_begun_with_images_is_not_continued_without(folder, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "cache"
+    monkeypatch.setattr(encode, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert encode.main([*arguments(folder, output), "--keep_images"]) == 130
+    monkeypatch.undo()
+    assert "preprocessing.images: True there, None now" in refused(capsys, folder, output)
+    assert encode.main([*arguments(folder, output), "--keep_images"]) == 0
+
+
 def test_the_manifest_says_what_there_is(folder, cache):
     manifest, latents = json.loads((cache / "manifest.json").read_text()), open_latents(cache)
     mean, std = (np.array([[latents[i][f"{prefix}{kind}"] for prefix in ("", "mirror_")] for i in range(COUNT)],

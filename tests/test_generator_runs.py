@@ -121,17 +121,23 @@ def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(caches, fin
     assert losses[0] == losses[1] and len(losses[0]) == 6 and all(np.isfinite(losses[0]))
 
 
-def test_eight_devices_learn_what_one_does(caches, finished, tmp_path):
+def on_eight_devices(name, workdir, **changes):
+    """The rows of a run of configs/NAME.py:smoke over 8 devices, its parameters over pairs of them."""
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
-    arguments = [f"--config.{name}={value}" for name, value in {
-        "data.latents": caches / "one", "training.preview_every": 0, "training.steps": 6, "training.accumulate": 1,
-        "optimizer.clip_norm": 1.0, "data.batch_size": 8, "data.evaluation_batch_size": 8, "model.scan": True,
-        "mesh.fsdp": 2, "mesh.min_shard_size": 64}.items()]
-    ended = subprocess.run([sys.executable, "-m", "eqvae_jax.main", "--config=configs/sit.py:smoke",
-                            f"--workdir={tmp_path / 'run'}", *arguments], cwd=ROOT, capture_output=True, text=True,
+    changes |= {"training.preview_every": 0, "mesh.fsdp": 2, "mesh.min_shard_size": 64, "data.batch_size": 8}
+    arguments = [f"--config.{field}={value}" for field, value in changes.items()]
+    ended = subprocess.run([sys.executable, "-m", "eqvae_jax.main", f"--config=configs/{name}.py:smoke",
+                            f"--workdir={workdir}", *arguments], cwd=ROOT, capture_output=True, text=True,
                            env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)})
     assert ended.returncode == 0 and "Batch 8 = 8 devices" in ended.stdout, ended.stdout + ended.stderr
-    for one, eight in zip(rows_of(finished), rows_of(tmp_path / "run"), strict=True):
+    return rows_of(workdir)
+
+
+def test_eight_devices_learn_what_one_does(caches, finished, tmp_path):
+    rows = on_eight_devices("sit", tmp_path / "run", **{
+        "data.latents": caches / "one", "training.steps": 6, "training.accumulate": 1, "optimizer.clip_norm": 1.0,
+        "data.evaluation_batch_size": 8, "model.scan": True})
+    for one, eight in zip(rows_of(finished), rows, strict=True):
         assert one["loss"] == pytest.approx(eight["loss"], rel=1e-4)
 
 
@@ -159,8 +165,9 @@ def classifier(tmp_path_factory):
     """A classifier of two steps, which looks at images of 8 x 8 as 2 x 2 places."""
     config = runpy.run_path(str(ROOT / "configs" / "fashion_classifier.py"))["get_config"]("smoke")
     config.data.image_size = 8
-    assert main.train(config, tmp_path_factory.mktemp("classifier") / "cnn") == 0
-    return tmp_path_factory.getbasetemp() / "classifier0" / "cnn"
+    workdir = tmp_path_factory.mktemp("classifier") / "cnn"
+    assert main.train(config, workdir) == 0
+    return workdir
 
 
 @pytest.fixture(scope="module")
@@ -202,11 +209,26 @@ def test_repa_trains_resumes_and_samples(with_images, classifier, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, start, load_params(tmp_path / "run", "ema")[0]["generator"])
 
 
+@pytest.mark.parametrize("name", ["repa", "maskgit"])
+def test_eight_devices_learn_what_one_does_of_images_and_of_tokens(with_images, classifier, tokens, tmp_path, name):
+    given = {"data.latents": tokens}
+    if name == "repa":
+        given = {"data.latents": with_images, "alignment.encoder": f"workdir:{classifier}", "model.patch_size": 2}
+    config = get_config(name)
+    config.update_from_flattened_dict({field: str(value) if isinstance(value, pathlib.Path) else value
+                                       for field, value in given.items()})
+    config.data.batch_size, config.training.preview_every = 8, 0
+    assert main.train(config, tmp_path / "one") == 0
+    for one, eight in zip(rows_of(tmp_path / "one"), on_eight_devices(name, tmp_path / "eight", **given), strict=True):
+        assert one["loss"] == pytest.approx(eight["loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"alignment.encoder": ""}, "dinov2:FILE"), ({"alignment.encoder": "clip:x"}, "must be one of"),
     ({"data.latents": "{caches}/one"}, "encode again with --keep_images"), ({"alignment.depth": 2}, "blocks 1 to 1"),
     ({"model.patch_size": 1}, "sees 4 places in images of 8 x 8, and the generator has 4 x 4 tokens"),
     ({"init": "init"}, "does not say what it is"),
+    ({"data.evaluation": "{caches}/one"}, "alignment looks at those of both"),
 ])
 def test_alignments_that_cannot_be_are_refused(caches, with_images, classifier, tmp_path, changes, message):
     changes = {name: value.format(caches=caches) if isinstance(value, str) else value
@@ -266,6 +288,7 @@ def test_maskgit_trains_resumes_samples_and_is_converted(tokens, tmp_path, capsy
     ({"data.latents": "{caches}/one"}, r"holds posteriors of init:smoke, and this config learns tokens"),
     ({"sampling.guidance": 0.5}, "must be at least 1"), ({"sampling.sampler": "ddpm"}, "has arccos, linear"),
     ({"sampling.evaluations": 17, "training.preview_every": 2}, "of 16 tokens; take fewer"),
+    ({"process.path": "linear"}, "path is for an interpolant"),
     ({"process.schedule": "cubic"}, "schedule is 'cubic'"), ({"model.heads": 3}, "3 heads"),
     ({"model.preset": "small"}, "no MaskGIT named 'small'"),
 ])

@@ -192,6 +192,8 @@ def test_sbdm_runs_once_the_end_of_time_is_left_out(trained, tmp_path, capsys):
     (["--autoencoder=init:sd3-smoke"], "is another autoencoder (hash "),
     (["--classes=7"], "neither uniform nor balanced nor a class of this generator, 0 to 2"),
     (["--heads=2"], "a run says it itself"), (["--path=gvp"], "a run says it itself"),
+    (["--eta=1"], r"--eta: this generator's process (interpolant) has no such choice; it has sampler"),
+    (["--generator=maskgit:x.pth", "--prediction=noise"], "--prediction: a maskgit: file has no such choice"),
     (["--classes=first"], "--classes=first"), (["--sampler=ddpm"], "this generator's process has sde"),
     (["--count=0"], "at least 1"), (["--generator=workdir:nowhere"], "nowhere"),
     (["--output=set.npy"], "must end in .npz"), (["--evaluations=1"], "evaluations is 1"),

@@ -134,9 +134,9 @@ class Cache:
         return not path.is_file() or path.stat().st_size != entry["bytes"]
 
     def _compare(self, found):
-        there, now = _flat(found), _flat(self.plan)
-        different = [f"{key}: {there.get(key)!r} there, {value!r} now" for key, value in now.items()
-                     if key not in _FREE and there.get(key) != value]
+        there, now = _flat({key: found.get(key) for key in self.plan}), _flat(self.plan)
+        different = [f"{key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in dict.fromkeys([*now, *there])
+                     if key not in _FREE and there.get(key) != now.get(key)]
         if different:
             raise ValueError(f"{self.directory} holds latents made otherwise ({'; '.join(different)}); "
                              "name another --output, or delete that folder")

@@ -76,6 +76,7 @@ class Latents:
         self.space = LatentSpace(*(manifest["autoencoder"][name] for name in LatentSpace._fields))
         counts = [entry["count"] for entry in manifest["shards"]]
         self._ends = np.cumsum(counts)
+        self._decoders = concurrent.futures.ThreadPoolExecutor()  # decoding PNG lets other threads run
         self._records = ArrayRecordDataSource([
             _Whole(str(directory / entry["file"]), 0, n, n)
             for entry, n in zip(manifest["shards"], counts, strict=True)])
@@ -117,7 +118,7 @@ class Latents:
         if not 0 <= i < len(self):
             raise IndexError(f"latent {i} of {len(self)} in {self.directory}")
         try:
-            return latent_records.unpack(self._records[i], self.shape, self.dtype)
+            return self._unpack(self._records[i])
         except Exception as error:  # the native reader has one exception type for everything
             shard = int(np.searchsorted(self._ends, i, side="right"))
             path = self.directory / self.manifest["shards"][shard]["file"]
@@ -128,9 +129,15 @@ class Latents:
         rows = [int(row) for row in rows]
         try:
             found = self._records.__getitems__(rows)
-            return [latent_records.unpack(record, self.shape, self.dtype) for record in found]
+            return [self._unpack(record) for record in found]
         except Exception:  # one by one, the error says which
             return [self.read(row) for row in rows]
+
+    def _unpack(self, record):
+        found = latent_records.unpack(record, self.shape, self.dtype)
+        if self.image_shape and found.image is None:
+            raise ValueError("it has no image, and the cache was to keep them")
+        return found
 
     def take(self, rows: np.ndarray, mirrored: np.ndarray, images: bool = False) -> dict:
         """{"mean", "std": float32 (B,h,w,C), "label": int32 (B,)} of latents; mirrored: bool (B,), which of the two.
@@ -140,11 +147,10 @@ class Latents:
         shape = latent_records.stored_shape(self.shape, self.dtype)[1:]
         latent = np.empty((len(rows), *shape), np.int32 if self.is_tokens else np.float32)
         label = np.empty(len(rows), np.int32)
-        image = np.empty((len(rows), *self.image_shape), np.uint8) if images else None
-        for b, record in enumerate(self.read_many(rows)):
+        records = self.read_many(rows)
+        for b, record in enumerate(records):
             label[b], latent[b] = record.label, record.latent[int(mirrored[b])]
-            if images:
-                image[b] = record.pixels()
+        image = np.stack(list(self._decoders.map(latent_records.Record.pixels, records))) if images else None
         return _batch(latent, label, image, mirrored)
 
     def __repr__(self):

@@ -64,6 +64,11 @@ class DiT(nn.Module):
     scan: bool = False
     attention: str = "auto"
 
+    @property
+    def null(self):
+        """The label that means none."""
+        return self.classes
+
     @nn.compact
     def __call__(self, x, t, labels) -> Output:
         """x: (B, h, w, C). t: (B,), in [0, 1] with 0 for data, or DiT's steps 0..999. labels: int (B,), 0..classes.

@@ -56,15 +56,21 @@ def guided(network_of_labels, labels, null, scale, *, channels=None, interval=No
         count = x.shape[-1] if channels is None else channels
         if count > x.shape[-1]:
             raise ValueError(f"guided: channels is {count}, but the latents have {x.shape[-1]}.")
-        # Each example's two copies lie side by side: where the batch is divided over devices, neither has to move.
-        twice = lambda a, b: jnp.stack([a, b], 1).reshape(2 * len(a), *a.shape[1:])      # (B, ...) -> (2B, ...)
-        output = network_of_labels(twice(x, x), twice(t, t), twice(labels, jnp.full_like(labels, null)))
+        output = network_of_labels(paired(x, x), paired(t, t), paired(labels, jnp.full_like(labels, null)))
         output = output.astype(jnp.float32)
         cond, uncond = output[0::2], output[1::2]                                        # (B,h,w,C_out) each
         mixed = uncond[..., :count] + scale * (cond[..., :count] - uncond[..., :count])
         return jnp.concatenate([mixed, cond[..., count:]], -1)
 
     return Guided(both, conditional, interval)
+
+
+def paired(a, b):
+    """(B, ...) twice -> (2B, ...), rows of a and b in turn.
+
+    Each example's two copies lie side by side: where the batch is divided over devices, neither has to move.
+    """
+    return jnp.stack([a, b], 1).reshape(2 * len(a), *a.shape[1:])
 
 
 def noise_levels(low, high, level):

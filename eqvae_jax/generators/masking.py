@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eqvae_jax.generators.draws import example_keys
+from eqvae_jax.generators.guidance import paired
 
 # Share of the tokens to mask for a uniform r, in training.
 RATIOS = {
@@ -182,9 +183,7 @@ def guided_logits(network, labels, null, settings):
                          "guidance=0.0.")
 
     def both(ids, step):
-        # Each example's two copies lie side by side: where the batch is divided over devices, neither has to move.
-        twice = lambda a, b: jnp.stack([a, b], 1).reshape(2 * len(a), *a.shape[1:])              # (B, ...) -> (2B, ...)
-        logits = network(twice(ids, ids), twice(labels, jnp.full_like(labels, null))).astype(jnp.float32)
+        logits = network(paired(ids, ids), paired(labels, jnp.full_like(labels, null))).astype(jnp.float32)
         scale = settings.guidance * step / (settings.steps - 1)
         return (1 + scale) * logits[0::2] - scale * logits[1::2]                                 # (B, N, K)
 

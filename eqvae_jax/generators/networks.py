@@ -4,16 +4,21 @@ import jax
 import jax.numpy as jnp
 
 
+def sees_tokens(model):
+    """Whether it is a MaskGIT, of either network."""
+    return hasattr(model, "codes")
+
+
 def latent_shape(model):
     """Of one latent of a generator: (h,w,C), or (h,w) of tokens."""
     side = (model.input_size, model.input_size)
-    return side if hasattr(model, "codes") else (*side, model.in_channels)
+    return side if sees_tokens(model) else (*side, model.in_channels)
 
 
 def example_inputs(model):
     """Zeros that a generator's network takes: (x_t, t, labels), or (ids, labels), of one example."""
     labels, shape = jnp.zeros(1, jnp.int32), (1, *latent_shape(model))
-    if hasattr(model, "codes"):
+    if sees_tokens(model):
         return jnp.zeros(shape, jnp.int32), labels
     return jnp.zeros(shape), jnp.zeros(1), labels
 
@@ -23,7 +28,7 @@ def predict(model, params, x_t, t, labels, dropout=None):
 
     dropout: (B,) keys while training, of each example its own; DiT's have no dropout.
     """
-    if not hasattr(model, "codes"):
+    if not sees_tokens(model):
         return model.apply({"params": params}, x_t, t, labels)
     if dropout is None:
         return model.apply({"params": params}, x_t, labels)

@@ -23,6 +23,15 @@ SAMPLERS = {"diffusion": ("ddpm", "ddim"), "interpolant": ("sde", "sde-heun", "e
             "masking": masking.SCHEDULES}
 
 
+# The fields of Sampling that a process has.
+FIELDS = {
+    "diffusion": ("sampler", "evaluations", "guidance", "guidance_channels", "guidance_noise", "eta"),
+    "interpolant": ("sampler", "evaluations", "guidance", "guidance_channels", "guidance_noise", "guidance_times",
+                    "form", "norm", "last_step", "last_step_size", "rtol", "atol"),
+    "masking": ("sampler", "evaluations", "guidance", "choice_temperature", "inverse_temperature"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How a sample is made; the numbers that differ from these are flags of sample.py and `config.sampling`.
@@ -63,7 +72,7 @@ class Corrupted(NamedTuple):
 
 
 class Process(NamedTuple):
-    """kind: of KINDS. outputs: C of the latents -> how many channels the network gives.
+    """kind: of KINDS. outputs: C of the latents -> how many channels the network gives; None of masked tokens.
 
     Latents are (B,h,w,C) float32, and of masked tokens (B,h,w) int32.
     corrupt: (x, key, index (B,)) -> Corrupted; times, noise and masks of an example depend on the key and its index
@@ -87,6 +96,9 @@ def make_process(kind="interpolant", times="uniform", codes=None, **fields) -> P
     if kind not in KINDS:
         raise ValueError(f"process.kind is {kind!r}; it must be one of {', '.join(KINDS)}.")
     if kind == "masking":
+        if wrong := [name for name in fields if name not in masking.Masking.__dataclass_fields__] + (
+                ["times"] if times != "uniform" else []):
+            raise ValueError(f"process: {', '.join(wrong)} is for an interpolant; masked tokens have no such choice.")
         return _masking(masking.Masking(codes=codes, **fields))
     if kind == "diffusion":
         if fields or times != "uniform":
@@ -209,11 +221,9 @@ def make_images(model, process, settings, decode):
     model: a generator's network. decode: (its params, latents as the network knows them) -> images in [-1, 1]. 8 bits
     are DiT's: 127.5 x + 128, cut off, which gives every level back.
     """
-    null = getattr(model, "null", model.classes)  # the original MaskGIT has none
-
     def images(params, decoder, keys, labels):
         network = lambda x, t, labels: predict(model, params, x, t, labels).prediction
-        z = process.sample(network, labels, null, keys, latent_shape(model), settings)  # (B,h,w,C) or (B,h,w)
+        z = process.sample(network, labels, model.null, keys, latent_shape(model), settings)  # (B,h,w,C) or (B,h,w)
         pixels = decode(decoder, z)                                                    # (B,H,W,3)
         finite = jnp.isfinite(pixels).all((1, 2, 3))                                   # NaN would become 0
         return jnp.clip(127.5 * pixels + 128.0, 0.0, 255.0).astype(jnp.uint8), finite

@@ -48,14 +48,15 @@ def check(config, model, process, shape, classes, mesh):
 
 def generator_task(config, model, process, space, mesh, *, alignment=None, preview=None, measures=None,
                    init_params=None) -> Task:
-    """Training of a generator on posteriors of latents.
+    """Training of a generator on posteriors of latents, or on tokens.
 
     Args:
       config: reads `seed`, `label_dropout`, `optimizer`, `ema_decay`, `training.{accumulate,steps}`, `mesh`.
       model: (x, t, labels) -> an output with `prediction`, as `dit.DiT`, or a `maskgit.MaskGIT`; `model.classes` is the
         label of no class.
       process: a `process.Process`. space: its `to_model` gives latents their scale; tokens have none.
-      alignment: a `repa.Alignment`, for a model that also says `projected` and batches with `image`.
+      alignment: a `repa.Alignment`, for a model that also says `projected` (B,N,Z) and batches with `image`, uint8
+        (B,H,W,3); its loss is then logged as "alignment", the process's own as "denoising".
       preview: (params, batch) -> {name: images}, and measures: name -> (params) -> float, of the averaged weights.
       init_params: weights to start from; None draws them.
     """
@@ -97,7 +98,9 @@ def generator_task(config, model, process, space, mesh, *, alignment=None, previ
         unlabelled, rest = jax.random.split(key)
         keys = example_keys(unlabelled, batch["index"])
         labels = drop_labels(keys, batch["label"], config.label_dropout, model.classes)
-        dropout = example_keys(jax.random.fold_in(key, 2), batch["index"])
+        # A third key beside those of split(key), which are as they were before there was dropout.
+        drops = getattr(model, "dropout", 0)
+        dropout = example_keys(jax.random.fold_in(key, 2), batch["index"]) if drops else None
 
         def loss(params):
             values = jax.tree.map(jnp.mean, losses(params, alignment, batch, labels, rest, dropout))

@@ -17,11 +17,11 @@ class Encoder(NamedTuple):
     feature_size: int
 
 
-def open_encoder(reference, grid, image_shape):
+def open_encoder(reference, grid, image_shape, dtype="float32"):
     """The Encoder of a reference, for images of this shape (H,W,3) and a generator of grid x grid tokens.
 
-    image_shape: None of latents whose images were not kept. Raises ValueError where there is no such encoder, or where
-    it does not see as many places as there are tokens.
+    image_shape: None of latents whose images were not kept. dtype: what DINOv2 computes in. Raises ValueError where
+    there is no such encoder, or where it does not see as many places as there are tokens.
     """
     kind, _, rest = reference.partition(":")
     if kind not in OPENED or not rest:
@@ -29,7 +29,7 @@ def open_encoder(reference, grid, image_shape):
     if image_shape is None:
         raise ValueError("alignment.encoder looks at the images, and these latents were encoded without: encode again "
                          "with --keep_images.")
-    encoder = OPENED[kind](rest, grid)
+    encoder = OPENED[kind](rest, grid, dtype)
     shape = jax.eval_shape(encoder.features, encoder.params, jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)).shape
     if shape[1] != grid**2:
         raise ValueError(f"alignment.encoder: {reference} sees {shape[1]} places in images of {image_shape[0]} x "
@@ -38,17 +38,19 @@ def open_encoder(reference, grid, image_shape):
     return encoder
 
 
-def dinov2(path, grid):
+def dinov2(path, grid, dtype):
     """As REPA prepares it: its places are patches of 14 pixels, so images are resized to 14 for each token."""
-    from eqvae_jax.features.dinov2 import repa_features
+    from eqvae_jax.features.dinov2 import HEAD, repa_features
+    from eqvae_jax.generators.dit import attention_kernel
     from eqvae_jax.weights.dinov2 import load_dinov2
 
     model, params, _ = load_dinov2(path)
+    model = model.clone(dtype=dtype, attention=attention_kernel(dtype, HEAD))
     features = lambda params, images: repa_features(model, params, images, side=14 * grid)
     return Encoder(params, features, model.width)
 
 
-def classifier(workdir, grid):
+def classifier(workdir, grid, dtype):
     """What the classifier's last convolution sees, at its own resolution."""
     from eqvae_jax.autoencoders.objective import to_float
     from eqvae_jax.evaluation.feature_sets import load_classifier

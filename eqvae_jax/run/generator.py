@@ -57,7 +57,7 @@ def train(config, workdir):
     mesh, data = make_mesh(config.mesh), config.data
     latents = cache.open_latents(data.latents)
     held_out = cache.open_latents(data.evaluation) if data.evaluation else latents
-    check_held_out(latents, held_out)
+    check_held_out(latents, held_out, images=bool(config.alignment))
     check_kind(latents, config.process.kind)
     if latents.is_tokens:
         space, codes = latents.space, {"codes": latents.manifest["autoencoder"]["codes"]}
@@ -98,9 +98,12 @@ def check_kind(latents, process):
                          f"configs/{configs}.")
 
 
-def check_held_out(latents, held_out):
+def check_held_out(latents, held_out, images):
     """Raises ValueError where the latents of evaluation are none that the generator could have learnt."""
     latents.space.require(held_out.space)
+    if images and held_out.image_shape != latents.image_shape:
+        raise ValueError(f"data.evaluation: {held_out!r} holds images {held_out.image_shape}, and {latents!r} "
+                         f"{latents.image_shape}; alignment looks at those of both: encode again with --keep_images.")
     for name, ours, theirs in (("shape", latents.shape, held_out.shape),
                                ("class names", *(one.manifest.get("class_names") for one in (latents, held_out)))):
         if ours != theirs:
@@ -121,8 +124,14 @@ def initial(config, model):
 
     if not config.init:
         return None
-    found, params, _ = weights.load_generator(config.init, scan=model.scan)
+    prediction = config.process.get("prediction", "velocity")
+    found, params, spec = weights.load_generator(config.init, scan=model.scan, prediction=prediction)
+    if (learnt := spec.process.get("prediction", prediction)) != prediction:
+        raise ValueError(f"init: {config.init} predicts the {learnt}, and this config's process the {prediction}.")
     ours, theirs = dit.describe(model), dit.describe(found)
+    ours.pop("dropout", None)  # which has no weights, as has the depth that a file does not say
+    if not config.init.startswith("workdir:"):
+        ours.pop("alignment_depth", None)
     if different := [f"{name} {theirs.get(name)} instead of {value}" for name, value in ours.items()
                      if theirs.get(name) != value]:
         raise ValueError(f"init: {config.init} is another model than this config's: {', '.join(different)}.")
@@ -136,7 +145,7 @@ def aligned(model, section, latents):
     from eqvae_jax.generators.repa import REPA, Alignment
     from eqvae_jax.run.alignment import open_encoder
 
-    encoder = open_encoder(section.encoder, model.input_size // model.patch_size, latents.image_shape)
+    encoder = open_encoder(section.encoder, model.input_size // model.patch_size, latents.image_shape, model.dtype)
     fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)
               if field.name not in ("parent", "name")}
     model = REPA(**fields | dict(reversed_time=False, alignment_depth=section.depth, feature_size=encoder.feature_size,

@@ -84,9 +84,9 @@ def verify(target, model, params, spec):
     except (ValueError, OSError) as error:
         raise ValueError(f"{target} was written but cannot be read back: {error}\n{advice}") from error
     rng = np.random.default_rng(0)
-    shape, null = (3, *latent_shape(model)), getattr(model, "null", model.classes)
+    shape = (3, *latent_shape(model))
     x = rng.integers(0, model.codes + 1, shape) if len(shape) == 3 else rng.normal(size=shape).astype(np.float32)
-    t, labels = np.array([0.1, 0.5, 0.9], np.float32), np.array([0, model.classes - 1, null or 0], np.int32)
+    t, labels = np.array([0.1, 0.5, 0.9], np.float32), np.array([0, model.classes - 1, model.null or 0], np.int32)
     with jax.default_matmul_precision("highest"):
         ours = jax.jit(functools.partial(predict, model))(params, x, t, labels).prediction
         theirs = jax.jit(functools.partial(predict, back))(read, x, t, labels).prediction

@@ -6,7 +6,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from eqvae_jax.evaluation.reconstruction import functions
 from eqvae_jax.generators.draws import example_keys
-from eqvae_jax.generators.networks import latent_shape
+from eqvae_jax.generators.networks import sees_tokens
 from eqvae_jax.generators.process import make_images
 from eqvae_jax.training.metrics import to_host
 from eqvae_jax.training.sharding import AXES
@@ -36,13 +36,13 @@ class Sampler:
                              "wrong.")
         if batch < 1:
             raise ValueError(f"a batch of {batch} images must be at least 1.")
-        if len(latent_shape(model)) == 2 and getattr(decoder, "codebook_size", None) != model.codes:
+        if sees_tokens(model) and getattr(decoder, "codebook_size", None) != model.codes:
             raise ValueError(f"the generator makes tokens of {model.codes:,} codes, and {spec.reference} has "
                              f"{getattr(decoder, 'codebook_size', 'no')}.")
         self.model, self.mesh, self.batch = model, mesh, -(-batch // mesh.size) * mesh.size
         self._key = jax.random.key(seed)
         self._decoder = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-        if len(latent_shape(model)) == 2:
+        if sees_tokens(model):
             decode = lambda params, ids: decoder.apply({"params": params}, ids, method="decode_indices")
         else:
             decode = lambda params, z: functions(decoder)[1](params, space.to_autoencoder(z))

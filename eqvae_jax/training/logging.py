@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import tqdm
+from jax.experimental import multihost_utils
 from PIL import Image
 from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -78,6 +79,18 @@ class Writer:
             self._event(step=int(step), summary=summary.image(f"preview/{name}", tiles, dataformats="HWC"))
         self._events.flush()
 
+    def has_evaluation(self, step):
+        """Whether the means of an evaluation after `step` are written; the same on all processes, which all ask."""
+        found = False
+        if self._active:
+            lines = (self._workdir / "metrics.jsonl").read_bytes().splitlines()
+            found = any(b'"eval"' in line and json.loads(line)["step"] == step for line in lines)
+        return _agreed(found)
+
+    def has_images(self, step):
+        """The same of previews."""
+        return _agreed(self._active and any((self._workdir / "previews").glob(f"*_{step:08d}.png")))
+
     def __enter__(self):
         return self
 
@@ -88,6 +101,11 @@ class Writer:
 
     def _event(self, **fields):
         self._events.write(Event(wall_time=time.time(), **fields).SerializeToString())
+
+
+def _agreed(found):
+    """What the first process found."""
+    return bool(multihost_utils.broadcast_one_to_all(found)) if jax.process_count() > 1 else bool(found)
 
 
 def _truncate(path, step):

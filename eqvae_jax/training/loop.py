@@ -70,10 +70,24 @@ def train(task, data, config, workdir, mesh):
         stop = run.enter_context(StopRequest(progress.say, checkpoints.reached_preemption))
         warm_up = run.enter_context(WarmUp(progress.say))
 
+        def observe(state, done):
+            """Evaluates and draws what is due after `done` steps and not there yet; the means, if it evaluated."""
+            means, last = None, done == settings.steps
+            if _due(settings.eval_every, done, last) and not writer.has_evaluation(done):
+                means = _evaluated(task, state, data, mesh, stop)
+                if means:
+                    writer.scalars(done, means, split="eval")
+                    progress.report(done, means, split="eval")
+            if _due(settings.preview_every, done, last) and not writer.has_images(done):
+                images = task.preview(state, put(mesh, example))
+                writer.images(done, {name: to_host(array) for name, array in images.items()})
+            return means
+
         if state is None:
             state = _init(task, config)
         else:
             progress.say(f"going on from step {start} of {workdir}")
+            observe(state, start)  # where it was saved and then stopped
         batches, interval = data.train(start), Interval(ledger)
         for step in range(start, settings.steps):
             batch = put(mesh, _next(batches, step))
@@ -83,7 +97,7 @@ def train(task, data, config, workdir, mesh):
             interval.add(metrics, rows=len(jax.tree.leaves(batch)[0]))
             progress.advance()
 
-            done, evaluated = step + 1, None
+            done = step + 1
             stopping, last = stop.requested(done), done == settings.steps
             if _due(settings.log_every, done, last):
                 means = interval.means()
@@ -97,16 +111,9 @@ def train(task, data, config, workdir, mesh):
                 if early:  # before what may fail, which should cost none of the steps so far
                     _save(checkpoints, state, done, settings)
                 try:
-                    if _due(settings.eval_every, done, last) and not stopping:
-                        evaluated = _evaluated(task, state, data, mesh, stop)
-                        if evaluated:
-                            writer.scalars(done, evaluated, split="eval")
-                            progress.report(done, evaluated, split="eval")
-                    if _due(settings.preview_every, done, last) and not stopping:
-                        images = task.preview(state, put(mesh, example))
-                        writer.images(done, {name: to_host(array) for name, array in images.items()})
+                    evaluated = None if stopping else observe(state, done)
                 except Exception:
-                    if not early:
+                    if not early and jax.process_count() == 1:  # other hosts would not join in
                         _save(checkpoints, state, done, settings)
                     raise
                 stopping = stopping or stop.pending()  # a signal may have come while evaluating

@@ -178,12 +178,13 @@ def heads_of(width):
 def read(path, kind, heads, prediction):
     """(model, params) of a public file; raises WeightsError where it is no such file, or lists what does not fit."""
     tensors = read_state(path)
+    known_depth = None
     if kind == "repa":
-        tensors = whole_blocks(tensors)
+        tensors, known_depth = whole_blocks(tensors)
     try:
         model = model_of(tensors, heads)
         if kind == "repa":
-            model = repa_of(model, tensors)
+            model = repa_of(model, tensors, known_depth)
         shapes = parameter_shapes(model)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
@@ -228,19 +229,23 @@ def model_of(tensors, heads):
 
 
 def whole_blocks(tensors):
-    """The tensors of a REPA file with the names of today: older files counted the blocks behind the projector anew."""
+    """The tensors of a REPA file with the names of today, and the projector's depth if the names tell it.
+
+    Older files counted the blocks behind the projector anew.
+    """
     first = {name.split(".")[1] for name in tensors if re.match(r"blocks\.\d+\.", name)}
     later = re.compile(r"decoder_blocks\.(\d+)\.")
-    return {later.sub(lambda m: f"blocks.{int(m[1]) + len(first)}.", name): value for name, value in tensors.items()}
+    renamed = {later.sub(lambda m: f"blocks.{int(m[1]) + len(first)}.", name): value for name, value in tensors.items()}
+    return renamed, len(first) if renamed.keys() != tensors.keys() else None
 
 
-def repa_of(model, tensors):
-    """The REPA of a DiT and of the projector in a file, which does not say its depth: 8 blocks in L and XL, 4 in B."""
+def repa_of(model, tensors, known_depth):
+    """The REPA of a DiT and of the projector in a file; of a depth it does not say: 8 blocks in L and XL, 4 in B."""
     sizes = [tensors[f"{NAMES[name]}.weight"].shape[0] for name in ("projector_hidden", "projector_out")]
     fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(DiT)
               if field.name not in ("parent", "name")}
-    return REPA(**fields, alignment_depth=min(8 if model.depth >= 24 else 4, model.depth), projector_size=sizes[0],
-                feature_size=sizes[1])
+    return REPA(**fields, alignment_depth=known_depth or min(8 if model.depth >= 24 else 4, model.depth),
+                projector_size=sizes[0], feature_size=sizes[1])
 
 
 def load_workdir(rest):

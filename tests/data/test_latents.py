@@ -93,6 +93,13 @@ def test_kept_images_come_with_their_latents_and_are_mirrored_with_them(tmp_path
     assert "image" not in batches(latents, 1, in_memory=in_memory)[0]
 
 
+def test_a_record_without_the_image_that_was_to_be_kept_is_refused_by_shard(tmp_path):
+    write(tmp_path / "cache")
+    edit(tmp_path / "cache", lambda manifest: manifest["preprocessing"].update(images=True))
+    with pytest.raises(ValueError, match=r"latents-00000-of-00003.array_record: latent 2 .*it has no image"):
+        open_latents(tmp_path / "cache")[2]
+
+
 def test_tokens_are_read_as_they_were_written(tmp_path):
     write(tmp_path / "cache", dtype="uint16")
     latents = open_latents(tmp_path / "cache")

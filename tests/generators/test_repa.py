@@ -1,4 +1,4 @@
-"""REPA: its network beside torch, its loss and gradient, its sizes, and that it learns what it is told to look like."""
+"""REPA: what its projector reads, its loss and gradient, its sizes, and that it learns what it is told to look like."""
 
 import jax
 import jax.numpy as jnp

@@ -116,6 +116,25 @@ def test_the_average_follows_the_weights_at_its_decay():
     assert float(measured) == average
 
 
+def test_dropout_acts_in_training_and_not_in_evaluation():
+    """Learning nothing, with the same masks: only dropout can make a difference."""
+    from eqvae_jax.generators.maskgit import MaskGIT
+
+    losses = {}
+    for rate in (0.0, 0.5):
+        config = config_of(**{"optimizer.learning_rate": 0.0, "label_dropout": 0.0})
+        model = MaskGIT(input_size=2, codes=6, classes=5, width=16, depth=1, heads=2, mlp_size=16, dropout=rate)
+        mesh = make_mesh(config.mesh)
+        task = generator_task(config, model, make_process("masking", codes=6), None, mesh)
+        state = task.init(jax.random.key(0))
+        tokens = np.random.default_rng(0).integers(0, 6, (8, 2, 2)).astype(np.int32)
+        batch = put(mesh, {"tokens": tokens, "label": np.full(8, 1, np.int32), "index": np.arange(8, dtype=np.int32)})
+        evaluated = float(task.eval_step(state, batch)["loss"].mean())
+        _, metrics = task.train_step(state, batch, 0)
+        losses[rate] = evaluated, float(metrics["loss"])
+    assert losses[0.0][0] == losses[0.5][0] and abs(losses[0.0][1] - losses[0.5][1]) > 0.1
+
+
 def test_without_an_average_the_weights_themselves_are_evaluated():
     task, state, mesh = task_of(config_of(ema_decay=0.0, label_dropout=0.0))
     assert state.ema is None

@@ -69,6 +69,32 @@ def test_sigterm_saves_and_resumes_as_if_never_stopped(children, uninterrupted):
     assert metrics_of(workdir) == metrics_of(uninterrupted[0])
 
 
+@pytest.mark.parametrize("broken", ["eval_step", "preview"])
+@pytest.mark.parametrize("ranking", ["", "error"])
+def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(tmp_path, broken, ranking):
+    changes = {"training.eval_every": 3, "training.preview_every": 3, "checkpoint.every": 6}
+    changes |= {"checkpoint.best_metric": ranking, "checkpoint.keep_best": 1} if ranking else {}
+    config = toy.get_config(**changes)
+    task = toy.make_task(config, sharding.make_mesh(config.mesh))
+    real, calls = getattr(task, broken), []
+
+    def fails(state, batch):
+        if isinstance(state.step, jax.Array) and not isinstance(state.step, jax.core.Tracer):
+            calls.append(int(state.step))
+            if calls[-1] == 6:
+                raise RuntimeError("out of memory")
+        return real(state, batch)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        toy.run(tmp_path / "run", config, task=task._replace(**{broken: fails}))
+    assert saved_steps(tmp_path / "run")[-1] == 6
+    toy.run(tmp_path / "run", config)
+    toy.run(tmp_path / "whole", config)
+    evaluations = [[row for row in metrics_of(tmp_path / name) if row["split"] == "eval"] for name in ("run", "whole")]
+    assert evaluations[0] == evaluations[1] and [row["step"] for row in evaluations[0]] == [3, 6]
+    assert len(list((tmp_path / "run" / "previews").iterdir())) == 2
+
+
 def test_a_second_signal_ends_at_once(tmp_path):
     def interrupted_twice(start):
         for step, batch in enumerate(toy.batches(start), start):
