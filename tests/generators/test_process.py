@@ -12,7 +12,9 @@ from eqvae_jax.generators.process import SAMPLERS, Sampling, check_sampling, mak
 SHAPE, NULL = (3, 3, 4), 2
 TARGETS = np.random.default_rng(1).normal(size=(NULL + 1, *SHAPE)).astype(np.float32)  # the data of each label
 PROCESSES = {"diffusion": dict(kind="diffusion"), "interpolant": dict(kind="interpolant")}
-CASES = [(kind, sampler) for kind in SAMPLERS for sampler in SAMPLERS[kind]]
+CASES = [(kind, sampler) for kind in PROCESSES for sampler in SAMPLERS[kind]]
+CODES = 7
+TOKENS = np.random.default_rng(2).integers(0, CODES, (NULL + 1, 3, 3))                 # the tokens of each label
 
 
 def perfect(kind):
@@ -51,6 +53,41 @@ def test_a_perfect_predictor_leads_to_the_data_of_its_label(kind, sampler):
     found = sampled(kind, [0, 1, 1], [5, 6, 7], **options(sampler))
     # Dopri5 stops at its tolerance; DDPM's variance at the step before the last is not quite gone.
     np.testing.assert_allclose(found, TARGETS[[0, 1, 1]], atol=0.02 if sampler in ("dopri5", "ddpm") else 1e-3)
+
+
+def tell(ids, t, labels):
+    """What an ideal network says of tokens where all images of a label are one: that code, and no other."""
+    return 50.0 * jax.nn.one_hot(jnp.asarray(TOKENS)[labels].reshape(len(ids), -1), CODES + 1)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS["masking"])
+def test_a_perfect_predictor_leads_to_the_tokens_of_its_label(sampler):
+    process, keys = make_process("masking", codes=CODES), example_keys(jax.random.key(0), np.arange(3))
+    settings = Sampling(sampler, evaluations=4, guidance=2.0)
+    check_sampling(process, settings)
+    found = process.sample(tell, jnp.array([0, 1, 1]), NULL, keys, (3, 3), settings)
+    np.testing.assert_array_equal(found, TOKENS[[0, 1, 1]])
+
+
+def test_tokens_of_an_example_are_masked_and_made_by_its_own_key():
+    process, ids = make_process("masking", codes=CODES), jnp.asarray(TOKENS)
+
+    def corrupted(rows):
+        seen = process.corrupt(ids[jnp.asarray(rows)], jax.random.key(1), jnp.asarray(rows))
+        assert np.all((seen.x_t == CODES) | (seen.x_t == ids[jnp.asarray(rows)]))
+        return np.asarray(seen.x_t)
+
+    np.testing.assert_array_equal(corrupted([2, 0]), corrupted([0, 1, 2])[[2, 0]])
+    assert (corrupted([0, 1, 2]) == CODES).any()
+
+    def made(numbers):
+        keys = example_keys(jax.random.key(3), np.asarray(numbers))
+        uncertain = lambda ids, t, labels: jnp.sin(jnp.arange(9 * 8.0)).reshape(9, 8) + 0.1 * ids[:, :, None]
+        return np.asarray(process.sample(uncertain, jnp.zeros(len(numbers), int), NULL, keys, (3, 3),
+                                         Sampling(evaluations=3)))
+
+    np.testing.assert_array_equal(made([3, 1]), made([0, 1, 2, 3])[[3, 1]])
+    assert (made([0])[0] != made([1])[0]).any()
 
 
 @pytest.mark.parametrize("kind", PROCESSES)
@@ -117,6 +154,8 @@ def test_noise_and_time_are_not_the_same_draw():
 @pytest.mark.parametrize("section, message", [
     (dict(kind="flow"), "process.kind is 'flow'"),
     (dict(kind="diffusion", path="linear"), "path is for an interpolant"),
+    (dict(kind="masking", codes=4, sample_eps=0.1), "sample_eps is for an interpolant"),
+    (dict(kind="masking", codes=4, times="lognormal"), "times is for an interpolant"),
     (dict(times="gamma"), "process.times"), (dict(path="cosine"), "must be one of"),
 ])
 def test_a_process_that_cannot_be_is_refused(section, message):
@@ -130,7 +169,9 @@ def test_a_process_that_cannot_be_is_refused(section, message):
     ("interpolant", dict(guidance_times=(0, 1), guidance_noise=(0, 1)), "give one of them"),
     ("interpolant", dict(guidance_times=(0.5,)), "two numbers"),
     ("diffusion", dict(guidance_times=(0, 1)), "use guidance_noise"),
+    ("masking", dict(guidance_times=(0, 1)), "guidance grows"), ("masking", dict(guidance=0.5), "at least 1"),
+    ("masking", dict(evaluations=1, guidance=3.0), "one step has none"),
 ])
 def test_settings_of_another_process_are_refused(kind, settings, message):
     with pytest.raises(ValueError, match=message):
-        check_sampling(make_process(**PROCESSES[kind]), Sampling(**settings))
+        check_sampling(make_process(**PROCESSES.get(kind, dict(kind=kind, codes=CODES))), Sampling(**settings))
