@@ -78,7 +78,7 @@ def test_a_sit_predicts_its_own_channels_or_twice_as_many(torch, torch_dit, tmp_
 
 @pytest.mark.parametrize(("reference", "model", "kind", "message"), [
     ("dit:x.ckpt", DIT, "dit", "dit:FILE, sit:FILE or repa:FILE, .pt or .safetensors"),
-    ("workdir:x", DIT, "dit", "dit:FILE, sit:FILE or repa:FILE, .pt or .safetensors"),
+    ("workdir:x", DIT, "dit", "are written as dit:FILE, sit:FILE, repa:FILE or maskgit:FILE"),
     ("dit:x.pt", SIT, "sit", "are a sit's, here; write sit:x.pt"),
     ("sit:x.pt", DIT, "sit", "SiT predicts as many channels as it is given, 3; this model predicts 6"),
     ("dit:x.pt", DIT.clone(reversed_time=True), "dit", "reversed times, which dit's own code does not"),
