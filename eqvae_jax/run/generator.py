@@ -47,7 +47,8 @@ def train(config, workdir):
     """Trains one config in `workdir`, going on where a former run stopped; returns 0, or 1 if it was interrupted."""
     from clu import parameter_overview
 
-    from eqvae_jax.data import latents as cache
+    from eqvae_jax.data.latent_batches import evaluation_batches, train_batches
+    from eqvae_jax.data.latents import open_latents
     from eqvae_jax.generators import dit
     from eqvae_jax.generators.process import Sampling, check_sampling, make_process
     from eqvae_jax.generators.task import check, generator_task
@@ -55,8 +56,8 @@ def train(config, workdir):
     from eqvae_jax.training.sharding import make_mesh
 
     mesh, data = make_mesh(config.mesh), config.data
-    latents = cache.open_latents(data.latents)
-    held_out = cache.open_latents(data.evaluation) if data.evaluation else latents
+    latents = open_latents(data.latents)
+    held_out = open_latents(data.evaluation) if data.evaluation else latents
     check_held_out(latents, held_out, images=bool(config.alignment))
     check_kind(latents, config.process.kind)
     if latents.is_tokens:
@@ -78,10 +79,10 @@ def train(config, workdir):
                           init_params=initial(config, model))
     describe(config, model, process, latents, held_out, space, mesh, parameter_overview)
     batches = loop.Data(
-        train=lambda start: cache.train_batches(latents, batch_size=data.batch_size, seed=config.seed, start_step=start,
-                                                mirror=data.mirror, images=bool(alignment)),
-        evaluation=lambda: cache.evaluation_batches(held_out, -(-data.evaluation_batch_size // mesh.size) * mesh.size,
-                                                    data.evaluation_limit or None, images=bool(alignment)))
+        train=lambda start: train_batches(latents, batch_size=data.batch_size, seed=config.seed, start_step=start,
+                                          mirror=data.mirror, images=bool(alignment)),
+        evaluation=lambda: evaluation_batches(held_out, -(-data.evaluation_batch_size // mesh.size) * mesh.size,
+                                              data.evaluation_limit or None, images=bool(alignment)))
     state = loop.train(task, batches, config, workdir, mesh)
     return int(int(state.step) < config.training.steps)
 

@@ -14,7 +14,8 @@ from latent_folder import IMAGE_SHAPE, SHAPE, image_of, label_of, moments_of, to
 from memory_source import assert_equal, joined, pretend
 
 from eqvae_jax.data import latent_cache, latent_records
-from eqvae_jax.data.latents import LatentSpace, evaluation_batches, open_latents, train_batches
+from eqvae_jax.data.latent_batches import evaluation_batches, train_batches
+from eqvae_jax.data.latents import LatentSpace, open_latents
 
 
 @pytest.fixture
