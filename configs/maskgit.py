@@ -45,6 +45,7 @@ def quickstart():
                         dropout=0.0,  # drawing what to drop would take most of a CPU's step
                         dtype="float32", remat=False, scan=False, attention="auto")
     config.optimizer.update(b2=0.96, weight_decay=1e-5)
+    config.ema_decay = 0.0  # [B] none; from its large embeddings an average would take long to come away
     config.sampling.update(evaluations=8, guidance=2.0)
     return config
 
