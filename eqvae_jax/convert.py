@@ -56,7 +56,7 @@ def convert(options):
     """Describes, measures, writes and verifies, as the command line says; what can be refused early is."""
     from eqvae_jax import weights
     from eqvae_jax.evaluation import comparison
-    from eqvae_jax.run.generator_conversion import OF_FILES, convert_generator, is_generator
+    from eqvae_jax.run.generator_conversion import convert_generator, is_generator
     from eqvae_jax.weights.references import AUTOENCODERS, GENERATORS
 
     source = weights.parse_reference(options.source, AUTOENCODERS | GENERATORS)
@@ -65,7 +65,7 @@ def convert(options):
         check_target(source, target, options.overwrite)
     if is_generator(source, target):
         return convert_generator(options, source, target)
-    if unused := [f"--{name}" for name in OF_FILES if getattr(options, name) is not None]:
+    if unused := [f"--{name}" for name in weights.GENERATOR_OPTIONS if getattr(options, name) is not None]:
         raise ValueError(f"{', '.join(unused)}: only with a file of a generator.")
     if options.latent_stats:
         chosen = {name: getattr(options, name) for name in IMAGE_OPTIONS if getattr(options, name) is not None}

@@ -12,7 +12,6 @@ are not given are those of the run's config.
 import argparse
 import contextlib
 import dataclasses
-import json
 import pathlib
 import sys
 
@@ -41,8 +40,7 @@ def main(arguments=None):
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on: images so far are in {partial_path(options.output)}",
-              file=sys.stderr)
+        print("stopped; the same command goes on", file=sys.stderr)
         return 130
     return 0
 
@@ -52,8 +50,6 @@ def sample(options):
     output = pathlib.Path(options.output).expanduser()
     if output.suffix != ".npz":
         raise ValueError(f"--output={options.output} must end in .npz.")
-    if output.exists() and not options.overwrite and not partial_path(output).exists():  # or its end is to be tidied
-        raise ValueError(f"{output} exists: --overwrite writes over it.")
     if options.count < 1 or options.batch_size < 1:
         raise ValueError(f"--count={options.count} and --batch_size={options.batch_size} must be at least 1.")
 
@@ -62,14 +58,21 @@ def sample(options):
 
     from eqvae_jax import weights
     from eqvae_jax.data.latents import LatentSpace
+    from eqvae_jax.generators.networks import sees_tokens
     from eqvae_jax.generators.process import check_sampling, make_process
+    from eqvae_jax.run.sample_set import partial_path
     from eqvae_jax.run.sampling import Sampler
     from eqvae_jax.training.sharding import make_mesh
 
-    model, params, spec = load(options)
+    if output.exists() and not options.overwrite and not partial_path(output).exists():  # or its end is to be tidied
+        raise ValueError(f"{output} exists: --overwrite writes over it.")
+    if options.path and not options.generator.startswith(("sit:", "repa:")):
+        raise ValueError(f"--path={options.path}: of sit: and repa: files; {options.generator} has no choice of it.")
+    model, params, spec = weights.load_generator(options.generator, scan=True,  # compiles one block instead of all
+                                                 **{name: getattr(options, name) for name in weights.GENERATOR_OPTIONS})
     model = model.clone(dtype=options.dtype)
     chosen = {name: getattr(options, name) for name in ("path", "sample_eps") if getattr(options, name) is not None}
-    codes = {"codes": model.codes} if hasattr(model, "codes") else {}
+    codes = {"codes": model.codes} if sees_tokens(model) else {}
     process = make_process(**PUBLISHED[spec.kind] | spec.process | chosen | codes)
     settings = chosen_settings(options, spec, process)
     check_sampling(process, settings)
@@ -96,35 +99,17 @@ def sample(options):
         make(sampler, params, options, output, made_with, size)
 
 
-def load(options):
-    """weights.load_generator of the command line; what a public file leaves open may be said, of a run it is known."""
-    from eqvae_jax import weights
-
-    known = {name: getattr(options, name) for name in ("heads", "prediction", "codes")
-             if getattr(options, name) is not None}
-    check_file_options(options.generator, [*known, *(["path"] if options.path else [])])
-    return weights.load_generator(options.generator, scan=True, **known)  # scan: compiles one block instead of all
-
-
-def check_file_options(generator, given):
-    """Raises ValueError where options that say what a public file does not are given for another generator."""
-    kind = generator.partition(":")[0]
-    kinds = {"heads": ("dit", "sit", "repa", "maskgit"), "codes": ("maskgit",), "prediction": ("sit",),
-             "path": ("sit", "repa")}
-    if wrong := [f"--{name}" for name in given if kind not in kinds[name]]:
-        advice = "a run says it itself" if kind == "workdir" else f"a {kind}: file has no such choice"
-        raise ValueError(f"{', '.join(wrong)}: {advice}.")
-
-
 def make(sampler, params, options, output, made_with, size):
     """Fills the set's unfinished file, then writes the .npz and the picture."""
     import numpy as np
     from tqdm import tqdm
 
     from eqvae_jax.evaluation.samples import write_npz
+    from eqvae_jax.run.sample_set import begin
 
     placed = sampler.place(params)
     unfinished, start = begin(output, size, made_with | {"count": options.count, "batch": sampler.batch})
+    labels = sampler.labels(options.classes, np.arange(options.count))
     leads = unfinished is not None  # every host makes its part of each batch; the first one writes
     with unfinished or contextlib.nullcontext():
         if start:
@@ -132,40 +117,17 @@ def make(sampler, params, options, output, made_with, size):
         with tqdm(total=options.count, initial=start, unit="image", disable=None) as bar:
             for first in range(start, options.count, sampler.batch):
                 numbers = np.arange(first, min(first + sampler.batch, options.count))
-                images = sampler.images(placed, numbers, sampler.labels(options.classes, numbers))
+                images = sampler.images(placed, numbers, labels[numbers])
                 if leads:
                     unfinished.write(first, images)
                 bar.update(len(numbers))
         if not leads:
             return
-        labels = sampler.labels(options.classes, np.arange(options.count))
         write_npz(output, unfinished.batches(), options.count, labels=labels, made_with=made_with)
         in_turn = sampler.model.classes if options.classes == "balanced" else None
         picture = draw(next(unfinished.batches(PICTURE)), output, in_turn)
     unfinished.remove()
     print(f"wrote {output} and {picture}")
-
-
-def begin(output, size, settings):
-    """(the set's Unfinished on the first host and None on others, the number of its next image); all hosts agree.
-
-    Raises ValueError as Unfinished does, on every host.
-    """
-    import jax
-    from jax.experimental import multihost_utils
-
-    unfinished, problem, start = None, None, 0
-    if jax.process_index() == 0:
-        try:
-            unfinished = Unfinished(partial_path(output), size, settings)
-            start = unfinished.count // settings["batch"] * settings["batch"]
-        except (ValueError, OSError) as error:
-            problem, start = error, -1
-    if jax.process_count() > 1:
-        start = int(multihost_utils.broadcast_one_to_all(start))
-    if start < 0:
-        raise problem or ValueError("the first host stopped; it says why.")
-    return unfinished, start
 
 
 def draw(images, output, classes=None):
@@ -176,64 +138,6 @@ def draw(images, output, classes=None):
     shown = images[: len(images) // columns * columns] if columns and len(images) >= columns else images
     figures.save(figures.sample_grid(shown, columns), output.with_suffix(""))
     return output.with_suffix(".png")
-
-
-class Unfinished:
-    """The images of a set that is being made, raw and in order, and beside them, in JSON, how they are made."""
-
-    def __init__(self, path, size, settings):
-        """Raises ValueError, naming what differs, where a file of another set is at `path`."""
-        self.path, self.size = path, size
-        self._settings, self._bytes = json.dumps(settings, sort_keys=True), 3 * size[0] * size[1]
-        self._beside = path.with_suffix(".json")
-        if self._beside.exists():
-            then, now = json.loads(self._beside.read_text()), json.loads(self._settings)
-            different = [key for key in now if then.get(key) != now[key]]
-            if different:
-                raise ValueError(f"{path} holds the beginning of another set, with other {', '.join(different)}: give "
-                                 f"its command to finish it, or delete it and {self._beside.name}.")
-        else:
-            from eqvae_jax.atomic import whole
-
-            with whole(self._beside) as partial:
-                partial.write_text(self._settings + "\n")
-            path.unlink(missing_ok=True)
-
-    @property
-    def count(self):
-        """How many whole images are there."""
-        return self.path.stat().st_size // self._bytes if self.path.exists() else 0
-
-    def __enter__(self):
-        self._file = open(self.path, "r+b" if self.path.exists() else "w+b")
-        return self
-
-    def __exit__(self, *_):
-        self._file.close()
-
-    def write(self, first, images):
-        """Puts images (N,H,W,3) at number `first` and on; what was behind is cut off."""
-        self._file.seek(first * self._bytes)
-        self._file.write(images.tobytes())
-        self._file.truncate()
-        self._file.flush()
-
-    def batches(self, rows=500):
-        """Yields the images, uint8 (<= rows, H, W, 3)."""
-        import numpy as np
-
-        everything = np.memmap(self.path, np.uint8, "r").reshape(-1, *self.size, 3)
-        for first in range(0, len(everything), rows):
-            yield everything[first : first + rows]
-
-    def remove(self):
-        self._beside.unlink()
-        self.path.unlink()
-
-
-def partial_path(output):
-    output = pathlib.Path(output).expanduser()
-    return output.with_name(f"{output.name}.unfinished")
 
 
 def chosen_settings(options, spec, process):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What EQ does for generators, small: autoencoders of Fashion-MNIST, one fine-tuned plainly and one with EQ, of either
 # kind; their latents; SiT and REPA on those of the KL autoencoder, MaskGIT on the codes of the VQ one; samples, and their
-# Fréchet distances. Every step goes on where it was stopped. Some hours on two CPU cores; SiT alone takes one.
+# Fréchet distances. Every step goes on where it was stopped. Hours on two CPU cores.
 #
 #   launch/generators.sh DIR [sit] [repa] [maskgit]     with the four files of Fashion-MNIST, train-images-idx3-ubyte.gz
 #                                                       and so on; without a name it is sit

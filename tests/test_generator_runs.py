@@ -207,6 +207,9 @@ def test_repa_trains_resumes_and_samples(with_images, classifier, tmp_path):
     assert main.train(started, tmp_path / "started") == 0
     start = load_params(tmp_path / "started", "params")[0]["generator"]
     jax.tree.map(np.testing.assert_array_equal, start, load_params(tmp_path / "run", "ema")[0]["generator"])
+    (tmp_path / "run").rename(tmp_path / "moved")             # what it began with is not needed to go on
+    started.training.steps = 2
+    assert main.train(started, tmp_path / "started") == 0
 
 
 @pytest.mark.parametrize("name", ["repa", "maskgit"])

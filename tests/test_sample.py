@@ -15,6 +15,7 @@ from PIL import Image
 
 from eqvae_jax import encode, main, sample
 from eqvae_jax.evaluation.samples import open_samples
+from eqvae_jax.run.sample_set import partial_path
 from eqvae_jax.run.sampling import Sampler
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -122,7 +123,7 @@ def test_a_killed_set_goes_on_to_the_same_bytes_and_so_does_one_killed_at_its_en
     output = tmp_path / "samples.npz"
     killed = child("killed", [*trained, f"--output={output}"])
     assert killed.wait(timeout=300) == -signal.SIGKILL
-    unfinished = sample.partial_path(output)
+    unfinished = partial_path(output)
     assert unfinished.stat().st_size == 8 * 8 * 8 * 3 and not output.exists()
     beside, rows = unfinished.with_suffix(".json").read_bytes(), None
     assert sample.main([*trained, f"--output={output}"]) == 0
@@ -147,7 +148,7 @@ def test_an_interrupted_set_goes_on_to_the_same_bytes(trained, whole, tmp_path, 
 
     monkeypatch.setattr(Sampler, "images", interrupted)
     assert sample.main([*trained, f"--output={output}"]) == 130
-    unfinished = sample.partial_path(output)
+    unfinished = partial_path(output)
     assert unfinished.stat().st_size == 8 * 8 * 8 * 3 and not output.exists()
     os.truncate(unfinished, unfinished.stat().st_size - lost)
     assert sample.main([*trained, f"--output={output}", "--seed=6"]) == 2
@@ -191,9 +192,9 @@ def test_sbdm_runs_once_the_end_of_time_is_left_out(trained, tmp_path, capsys):
 @pytest.mark.parametrize("arguments, message", [
     (["--autoencoder=init:sd3-smoke"], "is another autoencoder (hash "),
     (["--classes=7"], "neither uniform nor balanced nor a class of this generator, 0 to 2"),
-    (["--heads=2"], "a run says it itself"), (["--path=gvp"], "a run says it itself"),
+    (["--heads=2"], "a run says it itself"), (["--path=gvp"], "--path=gvp: of sit: and repa: files"),
     (["--eta=1"], r"--eta: this generator's process (interpolant) has no such choice; it has sampler"),
-    (["--generator=maskgit:x.pth", "--prediction=noise"], "--prediction: a maskgit: file has no such choice"),
+    (["--generator=maskgit:x.pth", "--prediction=noise"], "prediction cannot be said; such files have no choice of it"),
     (["--classes=first"], "--classes=first"), (["--sampler=ddpm"], "this generator's process has sde"),
     (["--count=0"], "at least 1"), (["--generator=workdir:nowhere"], "nowhere"),
     (["--output=set.npy"], "must end in .npz"), (["--evaluations=1"], "evaluations is 1"),

@@ -5,7 +5,6 @@ stream, layer norms, softmax, time, modulation and the last layer stay float32, 
 Source: Peebles & Xie, "Scalable Diffusion Models with Transformers", facebookresearch/DiT models.py; willisma/SiT.
 """
 
-import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -217,26 +216,6 @@ def preset(name, **fields):
                          "the patch size (published: 2, 4, 8), such as B/2")
     depth, width, heads = SIZES[size]
     return DiT(**dict(depth=depth, width=width, heads=heads, patch_size=int(patch)) | fields)
-
-
-_HOW = ("dtype", "remat", "scan", "attention", "parent", "name")  # how a model is computed, not which one it is
-
-
-def describe(model):
-    """The model as plain values, {"input_size": 32, ...}: what a run's config keeps of it."""
-    return {field.name: getattr(model, field.name) for field in dataclasses.fields(model) if field.name not in _HOW}
-
-
-def from_description(values, kind=DiT):
-    """The model that `describe` described; entries that are no fields of it are left out. kind: DiT, or a class of it.
-
-    Raises ValueError with the fields that are missing or are no numbers.
-    """
-    names = [field.name for field in dataclasses.fields(kind) if field.name not in _HOW]
-    wrong = [name for name in names if not isinstance(values.get(name), int | float)]
-    if wrong:
-        raise ValueError(f"the description of a {kind.__name__} lacks {', '.join(wrong)}, or they are no numbers")
-    return kind(**{name: values[name] for name in names})
 
 
 def forward_macs(model):

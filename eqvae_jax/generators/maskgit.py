@@ -7,7 +7,6 @@ Source: Besnier & Chen, "A Pytorch Reproduction of Masked Generative Image Trans
 valeoai/Halton-MaskGIT; Chang et al., "MaskGIT" (arXiv 2202.04200).
 """
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from eqvae_jax.generators import dit
 from eqvae_jax.generators.dit import Output, attention_kernel
 
 BLOCK_EPSILON = 1e-5   # of the layer norms in the blocks, torch's default
@@ -194,21 +192,6 @@ def preset(name, **fields):
         raise ValueError(f"there is no MaskGIT named {name!r}; the sizes are {', '.join(SIZES)}")
     depth, width, heads, mlp_size = SIZES[name]
     return MaskGIT(**dict(depth=depth, width=width, heads=heads, mlp_size=mlp_size) | fields)
-
-
-describe = dit.describe  # how a model is computed has the same fields here
-
-
-def from_description(values, network=MaskGIT):
-    """The model that `describe` described; entries that are no fields of it are left out.
-
-    network: MaskGIT, or another of the same fields. Raises ValueError with the fields that are missing or no numbers.
-    """
-    names = [field.name for field in dataclasses.fields(network) if field.name in describe(network())]
-    wrong = [name for name in names if not isinstance(values.get(name), int | float)]
-    if wrong:
-        raise ValueError(f"the description of a MaskGIT lacks {', '.join(wrong)}, or they are no numbers")
-    return network(**{name: values[name] for name in names})
 
 
 def forward_macs(model):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from eqvae_jax.generators.dit import Output
-from eqvae_jax.generators.maskgit import STACK_EPSILON, attend, check, layer_norm, stacked
+from eqvae_jax.generators.maskgit import STACK_EPSILON, MaskGIT, attend, check, layer_norm, stacked
 
 
 def narrow(key, shape, dtype=jnp.float32):
@@ -27,24 +27,11 @@ norm = partial(layer_norm, epsilon=STACK_EPSILON)
 gelu = partial(nn.gelu, approximate=True)
 
 
-class OriginalMaskGIT(nn.Module):
-    """Logits of every token of an image; fields as `maskgit.MaskGIT`'s, and the defaults are the released model's.
+class OriginalMaskGIT(MaskGIT):
+    """Logits of every token of an image; fields as `maskgit.MaskGIT`'s, and the defaults are the released model's too.
 
     dropout: of the embeddings, of attention's probabilities and output, and of the MLPs' output.
     """
-
-    input_size: int = 16
-    codes: int = 1024
-    classes: int = 1000
-    width: int = 768
-    depth: int = 24
-    heads: int = 16
-    mlp_size: int = 3072
-    dropout: float = 0.1
-    dtype: Any = "float32"
-    remat: bool = False
-    scan: bool = False
-    attention: str = "auto"
 
     @property
     def null(self):

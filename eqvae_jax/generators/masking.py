@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eqvae_jax.generators.draws import example_keys
 from eqvae_jax.generators.guidance import paired
 
 # Share of the tokens to mask for a uniform r, in training.
@@ -70,15 +69,6 @@ class Masking:
 
         masked = jax.vmap(masks)(keys)
         return jnp.where(masked, self.codes, ids), masked
-
-    def loss(self, network, ids, key, index):
-        """Values (B,) of one batch: `measure` of the network's logits for masked ids.
-
-        network: ids (B, N) or (B, h, w) -> logits (B, N, K). ids: the images' tokens. index: (B,), of the examples in
-        their data; masks depend on it and the key alone.
-        """
-        corrupted, masked = self.corrupt(example_keys(key, index), ids)
-        return self.measure(network(corrupted), ids, masked)
 
     def measure(self, logits, ids, masked):
         """{"loss", "accuracy_masked", "masked"}, (B,) float32 each, of logits (B, N, K).

@@ -1,7 +1,39 @@
 """What the generators' networks have in common: DiT's and REPA's see latents at a time, MaskGIT's see tokens."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+
+# How a model is computed, not which one it is.
+HOW = ("dtype", "remat", "scan", "attention", "parent", "name")
+
+
+def describe(model):
+    """The model as plain values, {"input_size": 32, ...}: what a run's config keeps of it."""
+    return {name: getattr(model, name) for name in names_of(model)}
+
+
+def from_description(values, kind):
+    """The model of a kind (DiT, REPA, MaskGIT, ...) that `describe` described; entries that are no fields are left out.
+
+    Raises ValueError with the fields that are missing or are no numbers.
+    """
+    wrong = [name for name in names_of(kind) if not isinstance(values.get(name), int | float)]
+    if wrong:
+        raise ValueError(f"the description of a {kind.__name__} lacks {', '.join(wrong)}, or they are no numbers")
+    return kind(**{name: values[name] for name in names_of(kind)})
+
+
+def as_kind(model, kind, **fields):
+    """The model as one of a class that has more fields, which are given."""
+    same = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)
+            if field.name not in ("parent", "name")}
+    return kind(**same | fields)
+
+
+def names_of(kind):
+    return [field.name for field in dataclasses.fields(kind) if field.name not in HOW]
 
 
 def sees_tokens(model):

@@ -14,8 +14,6 @@ NO_DECODER = """The autoencoder of these latents cannot be opened, and previews 
   {error}
 Name it: --config.data.autoencoder=REFERENCE; or train without pictures: --config.training.preview_every=0
 --config.evaluation.features=""."""
-
-
 NEEDS_ENCODER = """This config aligns the generator with what a frozen encoder sees: --config.alignment.encoder=
   dinov2:FILE     weights of DINOv2 (dinov2_vitb14_pretrain.pth, or Hugging Face's model.safetensors)
   workdir:DIR     a run of configs/fashion_classifier.py"""
@@ -49,7 +47,7 @@ def train(config, workdir):
 
     from eqvae_jax.data.latent_batches import evaluation_batches, train_batches
     from eqvae_jax.data.latents import open_latents
-    from eqvae_jax.generators import dit
+    from eqvae_jax.generators import networks
     from eqvae_jax.generators.process import Sampling, check_sampling, make_process
     from eqvae_jax.generators.task import check, generator_task
     from eqvae_jax.training import loop
@@ -72,11 +70,11 @@ def train(config, workdir):
     check(config, model, process, latents.shape, latents.manifest["classes"], mesh)
     with config.unlocked():  # what weights.load_generator("workdir:...") rebuilds the model from
         kind = "repa" if alignment else KINDS[process.kind]
-        config.generator = dit.describe(model) | dict(config.process) | dict(kind=kind)
+        config.generator = networks.describe(model) | dict(config.process) | dict(kind=kind)
         config.latents = space._asdict()
     preview, measures = pictures(config, model, process, sampling, space, latents, mesh)
     task = generator_task(config, model, process, space, mesh, alignment=alignment, preview=preview, measures=measures,
-                          init_params=initial(config, model))
+                          init_params=initial(config, model, workdir))
     describe(config, model, process, latents, held_out, space, mesh, parameter_overview)
     batches = loop.Data(
         train=lambda start: train_batches(latents, batch_size=data.batch_size, seed=config.seed, start_step=start,
@@ -115,21 +113,23 @@ def check_held_out(latents, held_out, images):
                          f"{latents.manifest['classes']}.")
 
 
-def initial(config, model):
+def initial(config, model, workdir):
     """The parameters of config.init, stacked where the model scans; None where they are drawn, or restored.
 
     Raises ValueError where they are of another model.
     """
     from eqvae_jax import weights
-    from eqvae_jax.generators import dit
+    from eqvae_jax.generators import networks
+    from eqvae_jax.training.checkpoint import saved_steps
 
-    if not config.init:
+    if not config.init or saved_steps(workdir):
         return None
     prediction = config.process.get("prediction", "velocity")
-    found, params, spec = weights.load_generator(config.init, scan=model.scan, prediction=prediction)
+    told = {"prediction": prediction} if config.init.startswith("sit:") else {}
+    found, params, spec = weights.load_generator(config.init, scan=model.scan, **told)
     if (learnt := spec.process.get("prediction", prediction)) != prediction:
         raise ValueError(f"init: {config.init} predicts the {learnt}, and this config's process the {prediction}.")
-    ours, theirs = dit.describe(model), dit.describe(found)
+    ours, theirs = networks.describe(model), networks.describe(found)
     ours.pop("dropout", None)  # which has no weights, as has the depth that a file does not say
     if not config.init.startswith("workdir:"):
         ours.pop("alignment_depth", None)
@@ -141,16 +141,13 @@ def initial(config, model):
 
 def aligned(model, section, latents):
     """(repa.REPA like the model, repa.Alignment) of config.alignment."""
-    import dataclasses
-
+    from eqvae_jax.generators.networks import as_kind
     from eqvae_jax.generators.repa import REPA, Alignment
     from eqvae_jax.run.alignment import open_encoder
 
     encoder = open_encoder(section.encoder, model.input_size // model.patch_size, latents.image_shape, model.dtype)
-    fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)
-              if field.name not in ("parent", "name")}
-    model = REPA(**fields | dict(reversed_time=False, alignment_depth=section.depth, feature_size=encoder.feature_size,
-                                 projector_size=section.projector_size))
+    model = as_kind(model, REPA, reversed_time=False, alignment_depth=section.depth, feature_size=encoder.feature_size,
+                    projector_size=section.projector_size)
     return model, Alignment(encoder.params, encoder.features, section.weight)
 
 

@@ -7,7 +7,6 @@ from eqvae_jax.run.conversion import parameter_table, show
 
 FILES = ("dit", "sit", "repa", "maskgit")
 OF_AUTOENCODERS = ("scale", "shift", "latent_stats")
-OF_FILES = ("heads", "codes", "prediction")  # options that say what a public file does not
 
 
 def is_generator(source, target):
@@ -29,10 +28,8 @@ def convert_generator(options, source, target):
         raise ValueError(f"{', '.join(unused)}: autoencoders have it; a generator's latents are its run's.")
     if target and target.kind not in FILES:
         raise ValueError(f"{target}: {source} is a generator; write {', '.join(f'{kind}:FILE' for kind in FILES)}.")
-    known = {name: getattr(options, name) for name in OF_FILES if getattr(options, name) is not None}
-    if known and source.kind == "workdir":
-        raise ValueError(f"--{', --'.join(known)}: of files; a run says it itself.")
-    model, params, spec = weights.load_generator(str(source), **known)
+    told = {name: getattr(options, name) for name in weights.GENERATOR_OPTIONS}
+    model, params, spec = weights.load_generator(str(source), **told)
     before = [name for name in ("patch", "time_in", "time_out", "labels", "tokens", "positions") if name in params]
     blocks = [name for name in params if name.startswith("block_")]
     after = [name for name in params if name not in {*before, *blocks}]
@@ -78,9 +75,9 @@ def verify(target, model, params, spec):
 
     advice = "Do not use it; write it again, and if that does not help, to another disk."
     try:
-        known = {"codes": model.codes, "heads": model.heads} if spec.kind.startswith("maskgit") else {}
-        back, read, _ = weights.load_generator(str(target), prediction=spec.process.get("prediction", "velocity"),
-                                               **known)
+        told = {"sit": {"prediction": spec.process.get("prediction")},
+                "maskgit": {"codes": model.codes, "heads": model.heads}}.get(target.kind, {})
+        back, read, _ = weights.load_generator(str(target), **told)
     except (ValueError, OSError) as error:
         raise ValueError(f"{target} was written but cannot be read back: {error}\n{advice}") from error
     rng = np.random.default_rng(0)

@@ -11,8 +11,6 @@ from eqvae_jax.generators.process import make_images
 from eqvae_jax.training.metrics import to_host
 from eqvae_jax.training.sharding import AXES
 
-POLICIES = ("uniform", "balanced")
-
 
 class NotFinite(ValueError):
     """A generator's latents hold NaN or infinity."""

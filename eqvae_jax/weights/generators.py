@@ -6,28 +6,28 @@ our own time, and the projector.
 """
 
 import dataclasses
-import functools
 import math
 import pathlib
 import re
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eqvae_jax.generators.dit import DiT, describe, from_description, positions
-from eqvae_jax.generators.maskgit import from_description as maskgit_from_description
+from eqvae_jax.generators.dit import DiT, positions
+from eqvae_jax.generators.networks import as_kind, describe, from_description
 from eqvae_jax.generators.repa import REPA
 from eqvae_jax.weights import maskgit, tables
 from eqvae_jax.weights.autoencoders import parameter_hash
+from eqvae_jax.weights.blocks import parameter_shapes, stack_blocks, unstack_blocks
 from eqvae_jax.weights.errors import WeightsError
 from eqvae_jax.weights.files import read_state, write_tensors
 from eqvae_jax.weights.references import GENERATORS, parse_reference
 from eqvae_jax.weights.sit import from_sit, to_sit
 from eqvae_jax.weights.torch_writer import write_torch_file
 
-TRANSFORMERS = {"dit": DiT, "sit": DiT, "repa": REPA}    # the kinds whose files are read and written here
-KINDS = TRANSFORMERS | maskgit.NETWORKS
+KINDS = {"dit": DiT, "sit": DiT, "repa": REPA} | maskgit.NETWORKS
+# What a file may be asked to be told: option of load_generator -> kinds that do not say it themselves.
+GENERATOR_OPTIONS = {"heads": ("dit", "sit", "repa", "maskgit"), "prediction": ("sit",), "codes": ("maskgit",)}
 LATENTS = ("hash", "reference", "scale", "shift")       # what a run knows of the autoencoder it learnt latents of
 POSITIONS, PATCH = "pos_embed", "x_embedder.proj.weight"
 NAMES = {
@@ -62,23 +62,30 @@ class GeneratorSpec:
     sampling: dict | None = None
 
 
-def load_generator(reference, *, heads=None, prediction="velocity", scan=False, codes=None):
+def load_generator(reference, *, scan=False, **options):
     """(model, params, spec) of a generator reference: see GENERATORS for the forms.
 
     params: the dict under "params" of flax variables, float32 NumPy arrays; a run's average of the weights where it
-    keeps one, and so a file's. heads: of a file, where its width does not tell. prediction: what a `sit:` file
-    predicts, since only the velocity changes its sign with the direction of time. scan: for a model with `scan`. codes:
-    of a `maskgit:` file, where its vocabulary is not the released one.
-    Raises WeightsError where the weights cannot be found or do not fit, listing missing, extra and mis-shaped ones.
+    keeps one, and so a file's. scan: for a model with `scan`.
+    options: heads, of a file whose width does not tell; prediction ("velocity"), of a `sit:` file, since only the
+    velocity changes its sign with the direction of time; codes, of a `maskgit:` file whose vocabulary is not the
+    released one. Those that are None are as if not given.
+    Raises WeightsError for options that the reference has no place for, and where the weights cannot be found or do not
+    fit, listing missing, extra and mis-shaped ones.
     """
     reference = parse_reference(reference, GENERATORS)
+    options = {name: value for name, value in options.items() if value is not None}
+    if wrong := [name for name in options if reference.kind not in GENERATOR_OPTIONS[name]]:
+        advice = "a run says it itself" if reference.kind == "workdir" else "such files have no choice of it"
+        raise WeightsError(f"{reference}: {', '.join(wrong)} cannot be said; {advice}")
     if reference.kind == "workdir":
         model, params, kind, known = load_workdir(reference.rest)
     elif reference.kind == "maskgit":
-        (model, params, kind), known = maskgit.read(reference.rest, heads, codes), {}
+        (model, params, kind), known = maskgit.read(reference.rest, **options), {}
     else:
-        kind, known = reference.kind, {"process": {"prediction": prediction}} if reference.kind == "sit" else {}
-        model, params = read(reference.rest, kind, heads, prediction)
+        kind, prediction = reference.kind, options.get("prediction", "velocity")
+        known = {"process": {"prediction": prediction}} if kind == "sit" else {}
+        model, params = read(reference.rest, kind, options.get("heads"), prediction)
     spec = GeneratorSpec(kind, model.classes, str(reference), parameter_hash(params), **known)
     return model.clone(scan=scan), stack_blocks(params) if scan else params, spec
 
@@ -122,52 +129,11 @@ def save_generator(reference, model, params, spec):
         write_tensors(path, tensors)
 
 
-def stack_blocks(params):
-    """Parameters for a model with `scan` from those of one without; stacked ones are returned as they are."""
-    if "blocks" in params:
-        return params
-    depth = sum(name.startswith("block_") for name in params)
-    rest = {name: value for name, value in params.items() if not name.startswith("block_")}
-    blocks = [params[f"block_{i}"] for i in range(depth)]
-    return rest | {"blocks": jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)}
-
-
-def unstack_blocks(params):
-    """Parameters for a model without `scan` from those of one with; others are returned as they are."""
-    if "blocks" not in params:
-        return params
-    stacked = {name: value for name, value in params.items() if name != "blocks"}
-    depths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(params["blocks"])}
-    if len(depths) != 1 or depths == {()}:
-        raise WeightsError("the stacked parameters under \"blocks\" do not agree on how many blocks there are")
-    for i in range(depths.pop()[0]):
-        stacked[f"block_{i}"] = jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), params["blocks"])
-    return stacked
-
-
 def key_of(path):
     """The public key of a path of ours, such as ("block_3", "qkv", "kernel")."""
     *block, layer, leaf = path
     prefix = f"blocks.{block[0].removeprefix('block_')}." if block else ""
     return f"{prefix}{NAMES[layer]}.{'weight' if leaf == 'embedding' else tables.LEAVES[leaf]}"
-
-
-@functools.cache
-def parameter_shapes(model):
-    """Tree of ShapeDtypeStruct of the parameters without `scan`, nothing computed; not to be changed by the caller.
-
-    Raises WeightsError where the model's own fields do not fit together.
-    """
-    x = jax.ShapeDtypeStruct((1, model.input_size, model.input_size, model.in_channels), jnp.float32)
-    t, labels = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
-    shallow = {"alignment_depth": 1} if isinstance(model, REPA) else {}
-    try:
-        one = model.clone(depth=1, scan=False, **shallow)
-        one = jax.eval_shape(one.init, jax.random.key(0), x, t, labels)["params"]
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise WeightsError(f"no DiT has these sizes: {str(error).strip().splitlines()[0]}") from error
-    block = one.pop("block_0")
-    return one | {f"block_{i}": block for i in range(model.depth)}
 
 
 def heads_of(width):
@@ -242,10 +208,8 @@ def whole_blocks(tensors):
 def repa_of(model, tensors, known_depth):
     """The REPA of a DiT and of the projector in a file; of a depth it does not say: 8 blocks in L and XL, 4 in B."""
     sizes = [tensors[f"{NAMES[name]}.weight"].shape[0] for name in ("projector_hidden", "projector_out")]
-    fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(DiT)
-              if field.name not in ("parent", "name")}
-    return REPA(**fields, alignment_depth=known_depth or min(8 if model.depth >= 24 else 4, model.depth),
-                projector_size=sizes[0], feature_size=sizes[1])
+    depth = known_depth or min(8 if model.depth >= 24 else 4, model.depth)
+    return as_kind(model, REPA, alignment_depth=depth, projector_size=sizes[0], feature_size=sizes[1])
 
 
 def load_workdir(rest):
@@ -263,14 +227,10 @@ def load_workdir(rest):
         kind = section["kind"]
         if kind not in KINDS:
             raise ValueError(f"a generator of kind {kind!r}; this version knows {', '.join(KINDS)}")
-        if kind in TRANSFORMERS:
-            model = from_description(section, TRANSFORMERS[kind])
-        else:
-            model = maskgit_from_description(section, maskgit.NETWORKS[kind])
+        model = from_description(section, KINDS[kind])
         latents = {name: latents[name] for name in LATENTS} if latents else None
         params = unstack_blocks(params)
-        shapes = parameter_shapes(model) if kind in TRANSFORMERS else maskgit.parameter_shapes(model)
-        tables.check_parameters("its parameters", params, shapes)
+        tables.check_parameters("its parameters", params, parameter_shapes(model))
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"workdir:{rest}: {type(error).__name__}: {error}") from error
     process = {name: value for name, value in section.items() if name not in {"kind", *describe(model)}}

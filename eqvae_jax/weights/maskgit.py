@@ -8,19 +8,18 @@ Neither says how its vocabulary divides into codes and labels, and the first not
 of the released models are taken where the vocabulary is theirs; .pth files written here hold them beside the weights.
 """
 
-import functools
 import math
 import pathlib
 import re
 
 import flax
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from eqvae_jax.generators.maskgit import MaskGIT
 from eqvae_jax.generators.maskgit_original import OriginalMaskGIT
 from eqvae_jax.weights import tables
+from eqvae_jax.weights.blocks import parameter_shapes
 from eqvae_jax.weights.errors import WeightsError
 from eqvae_jax.weights.files import read_state_and_numbers, write_tensors
 from eqvae_jax.weights.msgpack_files import is_msgpack, read_msgpack, write_msgpack
@@ -100,22 +99,6 @@ def write(path, model, params):
         raise WeightsError(f"{path}: such files do not say how many codes and heads a model has; readers take {CODES}, "
                            f"{CLASSES} classes and {HEADS} heads, and this one has {model.codes}, {model.classes} and "
                            f"{model.heads}. Write .pth, which has a place for them")
-
-
-@functools.cache
-def parameter_shapes(model):
-    """Tree of ShapeDtypeStruct of the parameters without `scan`, nothing computed; not to be changed by the caller.
-
-    Raises WeightsError where the model's own fields do not fit together.
-    """
-    ids = jax.ShapeDtypeStruct((1, model.input_size, model.input_size), jnp.int32)
-    try:
-        one = jax.eval_shape(model.clone(depth=1, scan=False).init, jax.random.key(0), ids,
-                             jax.ShapeDtypeStruct((1,), jnp.int32))["params"]
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise WeightsError(f"no MaskGIT has these sizes: {str(error).strip().splitlines()[0]}") from error
-    block = one.pop("block_0")
-    return one | {f"block_{i}": block for i in range(model.depth)}
 
 
 def key_of(path):

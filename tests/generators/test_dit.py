@@ -9,15 +9,14 @@ from eqvae_jax.generators.dit import (
     SIZES,
     DiT,
     attention_kernel,
-    describe,
     drop_labels,
     forward_macs,
-    from_description,
     layer_norm,
     positions,
     preset,
     time_features,
 )
+from eqvae_jax.generators.networks import describe, from_description
 
 SMALL = dict(input_size=8, in_channels=3, out_channels=6, patch_size=2, width=64, depth=3, heads=4, classes=5)
 # name -> parameters with the fixed positions, as DiT's logs print them; trained ones; with 4 channels out; GMACs
@@ -241,11 +240,11 @@ def test_presets_by_name():
 def test_descriptions_bring_back_the_model_and_leave_out_how_it_is_computed():
     model = DiT(**SMALL, reversed_time=True, dtype="bfloat16", remat=True, scan=True)
     values = describe(model)
-    assert from_description(values | {"kind": "sit", "path": "linear"}) == DiT(**SMALL, reversed_time=True)
+    assert from_description(values | {"kind": "sit", "path": "linear"}, DiT) == DiT(**SMALL, reversed_time=True)
     assert {type(value) for value in values.values()} <= {int, float, bool}            # what JSON keeps
     del values["heads"]
     with pytest.raises(ValueError, match="lacks width, heads, or they"):
-        from_description({**{name: values[name] for name in values if name != "width"}, "heads": None})
+        from_description({**{name: values[name] for name in values if name != "width"}, "heads": None}, DiT)
 
 
 def test_attention_falls_back_where_cudnn_has_no_kernel(monkeypatch):

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eqvae_jax.generators.maskgit import MaskGIT, describe, forward_macs, from_description, preset
+from eqvae_jax.generators.draws import example_keys
+from eqvae_jax.generators.maskgit import MaskGIT, forward_macs, preset
 from eqvae_jax.generators.maskgit_original import OriginalMaskGIT
 from eqvae_jax.generators.masking import Masking
+from eqvae_jax.generators.networks import describe, from_description
 
 SMALL = dict(input_size=4, codes=11, classes=5, width=64, depth=2, heads=4, mlp_size=96)
 NETWORKS = [MaskGIT, OriginalMaskGIT]
@@ -99,14 +101,9 @@ def test_training_starts_at_the_published_loss(rng):
     @jax.jit
     def start(key):
         params = model.init(key, ids, index)
-        seen = []
-
-        def network(ids):
-            seen.append(model.apply(params, ids, index).prediction)
-            return seen[0]
-
-        values = Masking().loss(network, ids, key, index)
-        return seen[0].std(), values["loss"]
+        corrupted, masked = Masking().corrupt(example_keys(key, index), ids)
+        logits = model.apply(params, corrupted, index).prediction
+        return logits.std(), Masking().measure(logits, ids, masked)["loss"]
 
     std, loss = start(jax.random.key(0))
     np.testing.assert_allclose(std, 27.5, rtol=0.05)
@@ -257,4 +254,4 @@ def test_descriptions_bring_back_the_model_and_leave_out_how_it_is_computed():
         assert {type(value) for value in values.values()} <= {int, float}
     values = describe(MaskGIT())
     with pytest.raises(ValueError, match="lacks codes, heads, or they"):
-        from_description({**{name: values[name] for name in values if name != "codes"}, "heads": None})
+        from_description({**{name: values[name] for name in values if name != "codes"}, "heads": None}, MaskGIT)

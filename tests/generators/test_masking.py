@@ -76,13 +76,9 @@ def test_masks_of_an_example_depend_on_its_index_alone(rng):
 
     @jax.jit
     def run(rows):
-        seen = []
-
-        def network(corrupted):
-            seen.append(corrupted)
-            return jax.nn.one_hot(corrupted.reshape(-1, 16), 10)
-
-        return masking.loss(network, ids[rows], jax.random.key(1), rows + 70)["loss"], seen[0]
+        corrupted, masked = masking.corrupt(example_keys(jax.random.key(1), rows + 70), ids[rows])
+        logits = jax.nn.one_hot(corrupted.reshape(-1, 16), 10)
+        return masking.measure(logits, ids[rows], masked)["loss"], corrupted
 
     (whole, corrupted), (part, again) = run(np.arange(5)), run(np.array([3, 1]))
     corrupted = np.asarray(corrupted)

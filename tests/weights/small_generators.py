@@ -7,7 +7,8 @@ import pytest
 from eqvae_jax.generators.dit import DiT
 from eqvae_jax.generators.repa import REPA
 from eqvae_jax.weights import WeightsError
-from eqvae_jax.weights.generators import GeneratorSpec, load_generator, parameter_shapes
+from eqvae_jax.weights.blocks import parameter_shapes
+from eqvae_jax.weights.generators import GeneratorSpec, load_generator
 
 SMALL = dict(input_size=8, in_channels=3, patch_size=2, width=128, depth=2, heads=2, classes=5)
 REPA_FIELDS = dict(alignment_depth=2, projector_size=24, feature_size=7)

@@ -8,17 +8,13 @@ import pytest
 from parity import assert_same
 from small_generators import DIT, SIT, drawn, refused, spec_of
 
-from eqvae_jax.generators.dit import describe
+from eqvae_jax.generators.networks import describe
 from eqvae_jax.training import checkpoint
 from eqvae_jax.training.checkpoint import Checkpoints
 from eqvae_jax.training.state import TrainState
 from eqvae_jax.weights import maskgit, tables
-from eqvae_jax.weights.generators import (
-    load_generator,
-    save_generator,
-    stack_blocks,
-    unstack_blocks,
-)
+from eqvae_jax.weights.blocks import stack_blocks, unstack_blocks
+from eqvae_jax.weights.generators import load_generator, save_generator
 
 LATENTS = {"hash": "0123456789abcdef", "reference": "init:smoke", "scale": 0.2, "shift": 0.1}
 

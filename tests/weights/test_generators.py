@@ -13,12 +13,8 @@ from small_generators import ALIGNED, DIT, SIT, SMALL, drawn, saved, spec_of
 
 from eqvae_jax.generators.dit import SIZES, positions, preset
 from eqvae_jax.weights import WeightsError, tables
-from eqvae_jax.weights.generators import (
-    key_of,
-    load_generator,
-    parameter_shapes,
-    save_generator,
-)
+from eqvae_jax.weights.blocks import parameter_shapes
+from eqvae_jax.weights.generators import key_of, load_generator, save_generator
 
 
 def training_checkpoint(torch, state):

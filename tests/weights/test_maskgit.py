@@ -14,8 +14,9 @@ from small_generators import refused, saved
 from eqvae_jax.generators.maskgit import MaskGIT, preset
 from eqvae_jax.generators.maskgit_original import OriginalMaskGIT
 from eqvae_jax.weights import WeightsError, tables
+from eqvae_jax.weights.blocks import parameter_shapes
 from eqvae_jax.weights.generators import GeneratorSpec, load_generator, save_generator
-from eqvae_jax.weights.maskgit import key_of, original_layout, parameter_shapes, to_original
+from eqvae_jax.weights.maskgit import key_of, original_layout, to_original
 
 SMALL = dict(input_size=4, width=64, depth=2, mlp_size=96)                       # the released vocabulary and heads
 OTHER = dict(codes=11, classes=5, heads=4)
