@@ -6,15 +6,14 @@
 Of each image: the posterior's mean and standard deviation, unscaled, or the codes, of the image and of its mirror
 image; its label; its number in the source; with --keep_images the cropped image. manifest.json has their statistics,
 the autoencoder's hash, scale and shift, and each shard's checksum. Stopped or killed, the same command goes on with the
-first shard that is missing, and the files end up as if it had never stopped. With several hosts (jax.distributed) each
-writes its own shards to one shared folder.
+first shard that is missing, and the files end up as if it had never stopped. With several hosts each writes its
+own shards to one shared folder.
 """
 
 import argparse
 import functools
 import importlib.metadata
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +21,15 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from eqvae_jax import weights
+from eqvae_jax import distributed, weights
 from eqvae_jax.backend import use_compilation_cache
 from eqvae_jax.data import latent_cache, latent_records
 from eqvae_jax.data.images import TooManyBroken
 from eqvae_jax.data.sources import open_source
-from eqvae_jax.run.encoding import latent_and_mirrored, meet, write_shards
+from eqvae_jax.run.encoding import latent_and_mirrored, write_shards
 from eqvae_jax.training.sharding import make_mesh
 
 PRECISIONS = ("highest", "high", "default")
-POLL = 1.0  # seconds between looks for the shards of other hosts
 
 
 def main(arguments=None):
@@ -39,13 +37,13 @@ def main(arguments=None):
     options = _parser().parse_args(arguments)
     use_compilation_cache()
     try:
+        distributed.start_from(options)
+        distributed.agree("the command", distributed.command(options))
         encode(options)
-    except (TooManyBroken, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (TooManyBroken, RuntimeError, ValueError, OSError) as error:
+        return distributed.refuse(error)
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on: finished shards are in {options.output}", file=sys.stderr)
-        return 130
+        return distributed.interrupted(f"the same command goes on: finished shards are in {options.output}")
     return 0
 
 
@@ -79,14 +77,9 @@ def encode(options):
         return cache.published()
     placed = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     encoder = functools.partial(latent_and_mirrored, model, placed)
-    try:
-        with jax.default_matmul_precision(options.precision):
-            write_shards(cache, cuts, source, encoder, mesh, options)
-        manifest = _finish(cache, source, options)
-    except Exception as error:
-        if jax.process_count() > 1:
-            cache.fail(jax.process_index(), str(error))
-        raise
+    with jax.default_matmul_precision(options.precision):
+        write_shards(cache, cuts, source, encoder, mesh, options)
+    manifest = _finish(cache, source, options)
     if jax.process_index() == 0:
         print("\n".join(describe(manifest, options.output)))
     return manifest
@@ -147,15 +140,9 @@ def _latent_shape(model, params, side):
 
 def _begin(cache):
     """Records or compares the plan, on every host; tells whether there is nothing to do."""
-    problem, complete = None, False
     if jax.process_index() == 0:
-        try:
-            complete = cache.begin()
-        except (ValueError, OSError) as error:
-            problem = error
-    meet("the plan is written")
-    if problem:
-        raise problem
+        complete = cache.begin()
+    distributed.meet("the plan is written")
     if jax.process_index():
         cache.check()
         complete = cache.published() is not None
@@ -163,12 +150,8 @@ def _begin(cache):
 
 
 def _finish(cache, source, options):
-    """Waits for the shards of all hosts; the first host writes the manifest, which it and the others return."""
-    if jax.process_index() == 0 and (missing := cache.waiting_for()):
-        print(f"waiting for {len(missing)} shards of other hosts", file=sys.stderr)
-        while cache.waiting_for():
-            cache.check_others()
-            time.sleep(POLL)
+    """The first host writes the manifest once all shards are there; all return it."""
+    distributed.meet("all shards are written", distributed.LAST)
     if jax.process_index() == 0:
         entries = cache.entries()
         broken = [example for entry in entries for example in entry["broken"]]
@@ -182,10 +165,8 @@ def _finish(cache, source, options):
             "statistics": latent_cache.summary(latent_cache.combine(statistics)),
             "broken": {"count": len(broken), "examples": broken}, "versions": versions,
         })
-    while not (manifest := cache.published()):
-        cache.check_others()
-        time.sleep(POLL)
-    return manifest
+    distributed.meet("the manifest is written")
+    return cache.published()
 
 
 def _parser():
@@ -213,8 +194,9 @@ def _parser():
     add("--broken_limit", type=float, default=0.01, metavar="SHARE",
         help="largest share of images that may be broken, and always one unless it is 0; they are left out "
              "(%(default)s)")
+    distributed.add_flags(parser.add_argument_group("several hosts").add_argument)
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(distributed.run(main))

@@ -6,7 +6,8 @@
         --config.loss.lpips_weights=download
 
 Any value of the config is a flag: --config.optimizer.learning_rate=1e-4. The same command again goes on from the
-newest checkpoint in the workdir.
+newest checkpoint in the workdir. On several hosts it is the same command on each, with a workdir that they share; TPU
+slices and Slurm's tasks find each other, others are told with --coordinator, --processes and --process.
 """
 
 import importlib
@@ -17,12 +18,18 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from eqvae_jax import distributed
+
 # JAX and all that imports it is imported where it is first needed: a config that cannot work is refused in a
 # second, and --help does not wait for a GPU.
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "What to train: FILE.py or FILE.py:VARIANT.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Directory for checkpoints, metrics.jsonl, event files and reports.")
+
+flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several that work together.")
+flags.DEFINE_integer("processes", None, "How many there are.")
+flags.DEFINE_integer("process", None, "Which of them this is, 0 to processes - 1.")
 
 TASKS = {"autoencoder": "eqvae_jax.run.autoencoder", "classifier": "eqvae_jax.run.classifier",
          "generator": "eqvae_jax.run.generator"}
@@ -84,12 +91,21 @@ def train_stages(config, workdir):
     return 0
 
 
+def facts(config, workdir):
+    """What all processes of a run must have been given alike."""
+    from eqvae_jax.training.workdir import leaves, resolved
+
+    values = {f"config.{name}": value for name, value in leaves(resolved(config)).items()}
+    return distributed.software() | {"--workdir": str(workdir)} | values
+
+
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}; every option is a --flag=value.")
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax, fontTools and others say a line at every turn
     try:
+        distributed.start(FLAGS.coordinator, FLAGS.processes, FLAGS.process, stops=False)
         # resolve(): a relative path would name another place when the same command is given elsewhere.
         if "://" in FLAGS.workdir:
             raise ValueError(f"the workdir {FLAGS.workdir} is an address; mount the bucket as a directory "
@@ -97,10 +113,13 @@ def main(argv):
         config, workdir = FLAGS.config, Path(FLAGS.workdir).expanduser().resolve()
         for _, stage, _ in stages_of(config, workdir):
             preflight(stage)
+        distributed.agree("the command", facts(config, workdir))
         from eqvae_jax.backend import use_compilation_cache
 
         use_compilation_cache()
-        return train_stages(config, workdir) if config.stages else train(config, workdir)
+        interrupted = train_stages(config, workdir) if config.stages else train(config, workdir)
+        # Of several processes, a preempted one has done what it was asked to, and is not to be taken for a failed one.
+        return int(bool(interrupted) and distributed.alone())
     except (ValueError, OSError, RuntimeError) as error:
         if FLAGS.verbosity > 0:
             raise
@@ -121,7 +140,7 @@ def parse_flags(argv):
 def run():
     """The command line's entry: errors a user can act on are one message, not a traceback."""
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=parse_flags)
+    sys.exit(distributed.run(lambda: app.run(main, flags_parser=parse_flags)))
 
 
 if __name__ == "__main__":

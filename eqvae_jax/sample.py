@@ -15,6 +15,8 @@ import dataclasses
 import pathlib
 import sys
 
+from eqvae_jax import distributed
+
 # JAX and all that imports it is imported where it is first needed: --help and a mistyped flag do not wait for it.
 
 PICTURE, COLUMNS = 64, 16  # images, and classes side by side, at most
@@ -35,13 +37,13 @@ def main(arguments=None):
 
     use_compilation_cache()
     try:
+        distributed.start_from(options)
+        distributed.agree("the command", distributed.command(options))
         sample(options)
-    except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
+        return distributed.refuse(error)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
+        return distributed.interrupted("the same command goes on")
     return 0
 
 
@@ -114,7 +116,7 @@ def make(sampler, params, options, output, made_with, size):
     with unfinished or contextlib.nullcontext():
         if start:
             print(f"going on from image {start:,}")
-        with tqdm(total=options.count, initial=start, unit="image", disable=None) as bar:
+        with tqdm(total=options.count, initial=start, unit="image", disable=None if leads else True) as bar:
             for first in range(start, options.count, sampler.batch):
                 numbers = np.arange(first, min(first + sampler.batch, options.count))
                 images = sampler.images(placed, numbers, labels[numbers])
@@ -212,8 +214,9 @@ def _parser():
     add("--inverse_temperature", type=float, metavar="X", help="tokens' logits are multiplied by it")
     add("--rtol", type=float, help="of dopri5")
     add("--atol", type=float, help="of dopri5")
+    distributed.add_flags(parser.add_argument_group("several hosts", "which make each batch together").add_argument)
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(distributed.run(main))

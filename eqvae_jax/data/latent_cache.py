@@ -61,8 +61,6 @@ class Cache:
                 raise ValueError(f"{self.directory} holds {others[0]}, but neither {MANIFEST} nor {PLAN}: name another "
                                  "--output, or delete that folder")
             write_json(self.directory / PLAN, self.plan)
-        for path in self.directory.glob(".failed.json.*"):  # of an earlier run
-            path.unlink()
         return False
 
     def check(self):
@@ -92,21 +90,8 @@ class Cache:
         write_json(self._beside(shard.name), entry)
         return entry
 
-    def fail(self, host: int, reason: str):
-        """Tells the other hosts that this one has stopped."""
-        write_json(self.directory / f".failed.json.{host}", {"reason": reason})
-
-    def check_others(self):
-        """Raises ValueError, with the reason, where a host has stopped."""
-        for path in self.directory.glob(".failed.json.*"):
-            raise ValueError(f"host {path.name.rpartition('.')[2]} has stopped: {read_json(path)['reason']}")
-
-    def waiting_for(self) -> list[str]:
-        """Names of the shards that no process has finished yet."""
-        return [name for name in self.names if not self._beside(name).exists()]
-
     def entries(self) -> list[dict]:
-        """What is known of all shards, in order, once none is waited for."""
+        """What is known of all shards, in order, once all processes have written theirs."""
         return [read_json(self._beside(name)) for name in self.names]
 
     def publish(self, facts: dict) -> dict:

@@ -5,6 +5,8 @@ kept. What it holds is unscaled; LatentSpace is the one place where an autoencod
 """
 
 import concurrent.futures
+import hashlib
+import json
 import math
 import os
 import pathlib
@@ -144,6 +146,11 @@ class Latents:
             label[b], latent[b] = record.label, record.latent[int(mirrored[b])]
         image = np.stack(list(self._decoders.map(latent_records.Record.pixels, records))) if images else None
         return as_batch(latent, label, image, mirrored)
+
+    def fingerprint(self) -> str:
+        """ "20,000 latents, 0f3a52c1": how many there are, and a hash of the manifest, which knows the shards' sums."""
+        manifest = json.dumps(self.manifest, sort_keys=True).encode()
+        return f"{len(self):,} latents, {hashlib.sha256(manifest).hexdigest()[:8]}"
 
     def __repr__(self):
         return f"latents:{self.directory} ({len(self)} latents)"

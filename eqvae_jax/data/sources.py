@@ -2,6 +2,7 @@
 
 import copy
 import glob
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -59,6 +60,13 @@ def open_source(reference: str) -> Source:
     return openers[kind](rest)
 
 
+def fingerprint(source: Source) -> str:
+    """ "12 examples, 0f3a52c1": how many there are, and a hash of what they are called, or of their shards' sizes."""
+    names = source.shards if hasattr(source, "shards") else (source.name(i) for i in range(len(source)))
+    digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape"))
+    return f"{len(source):,} examples, {digest.hexdigest()[:8]}"
+
+
 class FolderSource:
     """Image files under a folder, recursively, in the order of their relative paths.
 
@@ -113,6 +121,7 @@ class ArrayRecordSource:
                 raise ValueError(f"arrayrecord:{pattern}: {path} is a folder; name the shards in it, "
                                  f"arrayrecord:{path}/*.array_record")
             records.count(path)  # here, because the data source's own error names no file
+        self.shards = [f"{os.path.basename(path)} of {os.path.getsize(path)} bytes" for path in paths]
         self._records = array_record_data_source.ArrayRecordDataSource(paths)
         if not len(self._records):
             raise ValueError(f"arrayrecord:{pattern}: {len(paths)} shards without a single record")

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from eqvae_jax import distributed
 from eqvae_jax.autoencoders.objective import to_float
 from eqvae_jax.data import latent_cache, latent_records, records
 from eqvae_jax.data.cropping import center_crop
@@ -52,7 +52,7 @@ def write_shards(cache, cuts, source, encode, mesh, options):
     """
     mine = range(jax.process_index(), len(cuts), jax.process_count())
     kept = {k: entry for k in mine if (entry := cache.finished(k))}
-    meet("shards are verified")
+    distributed.meet("shards are verified")
     todo = [k for k in mine if k not in kept]
     broken = [example for entry in kept.values() for example in entry["broken"]]
     share = options.broken_limit * sum(len(cuts[k]) for k in mine)
@@ -138,9 +138,3 @@ def _records(parts, facts, broken, allowed, options, source, progress):
             facts["classes"] = max(facts["classes"], 1 + max(example["label"] for example in whole))
         progress.update(len(examples))
     facts["statistics"] = latent_cache.combine(statistics) if statistics else None
-
-
-def meet(event):
-    """All hosts go on together, or, where one has failed, none does."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(event)

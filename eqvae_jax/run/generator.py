@@ -80,7 +80,8 @@ def train(config, workdir):
         train=lambda start: train_batches(latents, batch_size=data.batch_size, seed=config.seed, start_step=start,
                                           mirror=data.mirror, images=bool(alignment)),
         evaluation=lambda: evaluation_batches(held_out, -(-data.evaluation_batch_size // mesh.size) * mesh.size,
-                                              data.evaluation_limit or None, images=bool(alignment)))
+                                              data.evaluation_limit or None, images=bool(alignment)),
+        identity=lambda: {"data.latents": latents.fingerprint(), "data.evaluation": held_out.fingerprint()})
     state = loop.train(task, batches, config, workdir, mesh)
     return int(int(state.step) < config.training.steps)
 

@@ -1,7 +1,7 @@
 """The images of a config's `data` section, for the tasks that train on images."""
 
 from eqvae_jax.data.images import evaluation_batches, train_batches
-from eqvae_jax.data.sources import open_source
+from eqvae_jax.data.sources import fingerprint, open_source
 from eqvae_jax.training import loop
 
 
@@ -20,4 +20,5 @@ def open_images(config):
             workers=data.workers, **crops),
         evaluation=lambda: evaluation_batches(
             held_out, batch_size=data.evaluation_batch_size, limit=data.evaluation_limit or None,
-            crops=data.evaluation_crops, **crops))
+            crops=data.evaluation_crops, **crops),
+        identity=lambda: {"data.train": fingerprint(source), "data.evaluation": fingerprint(held_out)})

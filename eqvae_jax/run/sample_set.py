@@ -16,21 +16,16 @@ def partial_path(output):
 
 
 def begin(output, size, settings):
-    """(the set's Unfinished on the first host and None on others, the number of its next image); all hosts agree.
+    """(the set's Unfinished on the first host and None on others, the number of its next image).
 
-    Raises ValueError as Unfinished does, on every host.
+    Raises ValueError as Unfinished does.
     """
-    unfinished, problem, start = None, None, 0
+    unfinished, start = None, 0
     if jax.process_index() == 0:
-        try:
-            unfinished = Unfinished(partial_path(output), size, settings)
-            start = unfinished.count // settings["batch"] * settings["batch"]
-        except (ValueError, OSError) as error:
-            problem, start = error, -1
+        unfinished = Unfinished(partial_path(output), size, settings)
+        start = unfinished.count // settings["batch"] * settings["batch"]
     if jax.process_count() > 1:
         start = int(multihost_utils.broadcast_one_to_all(start))
-    if start < 0:
-        raise problem or ValueError("the first host stopped; it says why.")
     return unfinished, start
 
 

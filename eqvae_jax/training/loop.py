@@ -1,11 +1,13 @@
 """The one training loop: restore, step, log, evaluate, preview, save, stop."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
 
+from eqvae_jax import distributed
 from eqvae_jax.training.checkpoint import Checkpoints, saved_steps
 from eqvae_jax.training.compilation import CompileLedger, WarmUp
 from eqvae_jax.training.logging import Progress, Writer
@@ -42,6 +44,8 @@ class Data(NamedTuple):
     train: Callable[[int], Iterator]
     # () -> batches that also carry "mask" (B,), False on padding
     evaluation: Callable[[], Iterable]
+    # () -> {name: value} of what all processes must see alike, or a batch of one would not be that of another
+    identity: Callable[[], dict] = dict
 
 
 def train(task, data, config, workdir, mesh):
@@ -57,6 +61,8 @@ def train(task, data, config, workdir, mesh):
     settings = config.training
     _validate(config)
     workdir = prepare(workdir, config, started=bool(saved_steps(workdir)))
+    if not distributed.alone():
+        distributed.agree(f"the run in {workdir}", _facts(workdir, data))
     with contextlib.ExitStack() as run:
         checkpoints = run.enter_context(Checkpoints(workdir, config))
         run.enter_context(_disk_errors_explained(checkpoints))
@@ -125,6 +131,12 @@ def train(task, data, config, workdir, mesh):
         checkpoints.wait()
         progress.say(_farewell(stop, checkpoints, settings.steps) + f"; {ledger}")
     return state
+
+
+def _facts(workdir, data):
+    kinds = Counter(device.device_kind for device in jax.local_devices())
+    return {"the workdir": distributed.shared(workdir), "checkpoints in it": saved_steps(workdir),
+            "devices of a process": dict(kinds)} | data.identity()
 
 
 def _save(checkpoints, state, step, settings, evaluated=None):

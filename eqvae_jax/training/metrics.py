@@ -90,7 +90,7 @@ def evaluate(eval_step, state, batches, mesh, interrupted=lambda: False):
 
 
 def to_host(array):
-    """Returns a numpy array of the whole of `array`, also where parts of it live on other hosts."""
-    if jax.process_count() > 1:
+    """Returns a numpy array of the whole of `array`, also where parts of it live on other hosts, which all ask."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)

@@ -35,16 +35,17 @@ def differences(old, new):
     """Returns [(name, old, new)] of the leaves in which two resolved configs differ; a missing leaf is
     "absent".
     """
-    old, new = _leaves(old), _leaves(new)
+    old, new = leaves(old), leaves(new)
     return [(name, old.get(name, "absent"), new.get(name, "absent")) for name in sorted(old | new)
             if name not in old or name not in new or old[name] != new[name]]
 
 
-def _leaves(tree, prefix=""):
+def leaves(tree, prefix=""):
+    """{"section.field": value} of nested dicts."""
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {name: value for key, branch in tree.items()
-            for name, value in _leaves(branch, f"{prefix}.{key}" if prefix else key).items()}
+            for name, value in leaves(branch, f"{prefix}.{key}" if prefix else key).items()}
 
 
 def prepare(workdir, config, started):
@@ -81,7 +82,7 @@ def prepare(workdir, config, started):
 def saved_value(workdir, name):
     """Returns the leaf `name` ("section.field") of the config.json in `workdir`, or None where there is none."""
     file = local_path(workdir) / "config.json"
-    return _leaves(json.loads(file.read_text())).get(name) if file.exists() else None
+    return leaves(json.loads(file.read_text())).get(name) if file.exists() else None
 
 
 def local_path(workdir):

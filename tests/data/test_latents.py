@@ -320,14 +320,3 @@ def test_shards_without_a_manifest_are_not_taken_over(folder):
     (folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match="holds latents-00000-of-00003.array_record, but neither manifest.json"):
         latent_folder.write(folder)
-
-
-def test_a_host_that_stops_says_so_to_the_others_until_the_next_run(tmp_path):
-    cache = latent_cache.Cache(tmp_path, {"shape": [1]}, 3)
-    cache.begin()
-    cache.check_others()
-    cache.fail(2, "the disk is full")
-    with pytest.raises(ValueError, match="host 2 has stopped: the disk is full"):
-        cache.check_others()
-    cache.begin()
-    cache.check_others()
