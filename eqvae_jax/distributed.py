@@ -56,7 +56,7 @@ class Group:
         self.every = min(1.0, limit / 10)  # seconds between signs of life
         self.hosts = {}
         self.reason = ""  # of an end that is near
-        self.code = None  # of one that has begun
+        self.code, self.say = None, ""  # of one that has begun
         self._calls = Counter()  # a barrier's name can be used once
         self._leaving = threading.Event()
         self._lock = threading.Lock()
@@ -137,18 +137,22 @@ class Group:
             self._leaving.set()
             self._end(code, f"{self.name(self.index)} has stopped: {self.reason or f'exit code {code}'}")
 
-    def _end(self, code, reason, tell=True, say=None):
-        self.code = code
+    def _end(self, code, reason, tell=True, say=""):
+        self.code, self.say = code, say
         try:
             if tell:
                 self.put("ended", {"code": code, "reason": reason})
                 time.sleep(4 * self.every)  # for the others to read it: with process 0 goes what it is written on
         finally:
-            if say:  # last, behind what the main thread says of its broken collective
-                print(say, file=sys.stderr)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)  # not by exit handlers, which would wait for the others
+            self.exit()
+
+    def exit(self):
+        """Ends now, not by exit handlers, which would wait for the others."""
+        if self.say:  # last, behind what the main thread and JAX say of a broken collective
+            print(self.say, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(self.code)
 
 
 _group = None
@@ -166,7 +170,7 @@ def start(coordinator=None, processes=None, process=None, *, stops=True):
     """
     global _group
     found = _told(coordinator, processes, process) or _detected()
-    if _group or not found:
+    if _group or found is None:
         return
     limit, patience = (_seconds(name, default) for name, default in (("EQVAE_LIMIT", 60), ("EQVAE_START_LIMIT", 300)))
     import jax
@@ -176,26 +180,27 @@ def start(coordinator=None, processes=None, process=None, *, stops=True):
     limits = {"initialization_timeout": int(patience), "heartbeat_timeout_seconds": int(max(100, 4 * limit)),
               "shutdown_timeout_seconds": 60}
     jax.config.update("jax_enable_preemption_service", not stops)
+    state = distributed.global_state
+    address = found.get("coordinator_address", "the coordinator")
+    missing = (f"not all processes met at {address} within {patience:.0f} s: start the command on every host, and let "
+               "them reach that port.")
+    forget = _explain_aborts(lambda: state.coordinator_address, missing)
     try:
         jax.distributed.initialize(**found, **limits)
     except ValueError as error:
         if found or "coordinator_address" not in str(error):
             raise
-        return  # libtpu is here, and no slice of several hosts
+        return forget()  # libtpu is here, and no slice of several hosts
     except RuntimeError as error:
-        where = found.get("coordinator_address", "the coordinator")
-        raise RuntimeError(f"not all processes met at {where} within {patience:.0f} s: start the command on every "
-                           f"host, and let them reach that port ({str(error).splitlines()[0]})") from error
-    state = distributed.global_state
+        raise RuntimeError(missing) from error
     if state.num_processes == 1:
-        return
+        return forget()
     _group = Group(state.client, state.coordinator_address, state.num_processes, state.process_id, limit)
     _group.put("host", socket.gethostname())
     _group.barrier("the start", patience)
     _group.hosts = _group.all("host")
     _group.watch()
     if _group.index:
-        _explain_aborts(_group)
         sys.stdout = open(os.devnull, "w")  # tables and reports are the first process's; errors are everyone's
     if threading.current_thread() is threading.main_thread():
         if stops:
@@ -310,6 +315,17 @@ def meet(event, limit=600.0):
         _group.barrier(event, limit)
 
 
+def gather(name, value):
+    """[value of each process], in order; values are such as JSON can write. To be called by all of them."""
+    if not _group:
+        return [value]
+    _group.put(f"gathered/{name}", value)
+    _group.barrier(f"{name}: written", LAST)
+    found = _group.all(f"gathered/{name}")
+    _group.barrier(f"{name}: read", _group.limit)
+    return [found[k] for k in sorted(found)]
+
+
 def alone():
     """Whether this program is one process, as far as `start` knows."""
     return _group is None
@@ -389,20 +405,28 @@ def _interrupts_as_terminations():
     signal.signal(signal.SIGINT, interrupt)
 
 
-def _explain_aborts(group):
-    """Where process 0 is gone, JAX's client calls abort(): the reason is said, and the exit code is RESTART."""
+def _explain_aborts(address, missing):
+    """JAX's client calls abort() where it cannot go on: the reason is said, and the exit code is one of ours.
+
+    address: () -> that of process 0. missing: what to say before all have met. Returns what undoes it.
+    """
     libc = ctypes.CDLL(None)
     libc.signal.restype = ctypes.c_void_p
 
     def handle(number):
-        if group.code is not None:
-            os._exit(group.code)
-        host, _, port = group.coordinator.rpartition(":")
+        if _group is None:
+            print(missing, file=sys.stderr, flush=True)
+            os._exit(1)
+        if _group.code is not None:
+            _group.exit()
+        host, _, port = address().rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
         except OSError:
-            group.lose(UNREACHABLE.format(group.name(0)), tell=False)
+            _group.lose(UNREACHABLE.format(_group.name(0)), tell=False)
         libc.signal(number, None)  # SIG_DFL: process 0 is there, so this abort is about something else
 
-    group.handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)  # kept: C does not count references
-    libc.signal(signal.SIGABRT, group.handler)
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)
+    _explain_aborts.kept = handler  # C does not count references
+    libc.signal(signal.SIGABRT, handler)
+    return lambda: libc.signal(signal.SIGABRT, None) and None

@@ -22,7 +22,9 @@ import dataclasses
 import pathlib
 import sys
 
-from eqvae_jax import weights
+import jax
+
+from eqvae_jax import distributed, weights
 from eqvae_jax.backend import use_compilation_cache
 from eqvae_jax.data.images import TooManyBroken
 from eqvae_jax.evaluation import (
@@ -45,18 +47,19 @@ def main(arguments=None):
     use_compilation_cache()
     path = pathlib.Path(options.output) / "metrics.json"
     try:
+        distributed.start_from(options)
+        distributed.agree("the command", distributed.command(options))
         document, drawings = options.run(options, path.parent)
         if document is None:
             return 0
         print(tables.format_table(document))
-        provenance.write_json(path, document)
-        drawn = [figures.save(figure, path.parent / name)[0].name for name, _, figure in drawings]
-    except (TooManyBroken, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        if writes := jax.process_index() == 0:
+            provenance.write_json(path, document)
+        drawn = [figures.save(figure, path.parent / name)[0].name for name, _, figure in drawings if writes]
+    except (TooManyBroken, RuntimeError, ValueError, OSError) as error:
+        return distributed.refuse(error)
     except KeyboardInterrupt:
-        print("stopped; nothing was written, and features of finished parts are kept", file=sys.stderr)
-        return 130
+        return distributed.interrupted("nothing was written, and features of finished parts are kept")
     print(f"wrote {path}" + (f"; beside it, as PNG and PDF: {', '.join(drawn)}" if drawn else ""))
     for metric, reason in document.get("left_out", {}).items():
         print(f"{metric} was left out: {reason}", file=sys.stderr)
@@ -145,13 +148,16 @@ def _parser():
         help="8-bit conversion before pixel metrics: round as ADM, truncate as LDM, none (%(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of the posterior's noise (%(default)s)")
 
+    hosts = argparse.ArgumentParser(add_help=False)
+    distributed.add_flags(hosts.add_argument_group("several hosts").add_argument)
+
     layout = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(prog="python -m eqvae_jax.evaluate", description=__doc__, **layout)
     names = "reconstruction|equivariance|latents|generation"
     commands = parser.add_subparsers(dest="measure", required=True, metavar=names)
 
     text = "PSNR, SSIM, L1 and, with --lpips, LPIPS of D(E(x))"
-    parents = [shared, decoded, network]
+    parents = [shared, decoded, network, hosts]
     plain = commands.add_parser("reconstruction", parents=parents, help=text, description=text, **layout)
     plain.add_argument("--lpips", metavar="REFERENCE", help="LPIPS weights: a directory, a file or download")
     plain.add_argument("--ssim_range", type=_range, default=2.0, metavar="VALUE|image",
@@ -174,11 +180,11 @@ def _parser():
     tau.set_defaults(lpips=None, run=_autoencoders)
 
     text = "intrinsic dimension, spectrum, moments and scale of E(x)"
-    latents = commands.add_parser("latents", parents=[shared], help=text, description=text, **layout)
+    latents = commands.add_parser("latents", parents=[shared, hosts], help=text, description=text, **layout)
     latents.set_defaults(lpips=None, features="", run=_autoencoders)
 
     text = "FID, sFID, Inception Score, precision, recall and KID of generated images"
-    generated = commands.add_parser("generation", help=text, description=text, **layout)
+    generated = commands.add_parser("generation", parents=[hosts], help=text, description=text, **layout)
     _add_generation(generated.add_argument)
     generated.set_defaults(run=_generation)
     return parser
@@ -220,4 +226,4 @@ def _add_generation(add):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(distributed.run(main))

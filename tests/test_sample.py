@@ -23,7 +23,7 @@ COUNT, CLASSES = 11, 3
 CHILD = """
 import os, signal, sys
 import jax
-from eqvae_jax import sample
+from eqvae_jax import distributed, sample
 from eqvae_jax.run.sampling import Sampler
 from eqvae_jax.training import sharding
 
@@ -40,10 +40,10 @@ if mode == "killed":  # in the middle of the third batch
     Sampler.images = killed
 elif mode.startswith("process"):  # whose devices are not beside one another in the mesh, as on TPU pods
     port, number = mode.split(":")[1:]
-    jax.distributed.initialize(f"localhost:{port}", 2, int(number))
+    arguments += [f"--coordinator=localhost:{port}", "--processes=2", f"--process={number}"]
     make_mesh = sharding.make_mesh
     sharding.make_mesh = lambda config: make_mesh(config, [jax.devices()[i] for i in (0, 2, 1, 3)])
-sys.exit(sample.main(arguments))
+sys.exit(distributed.run(lambda: sample.main(arguments)))
 """
 
 

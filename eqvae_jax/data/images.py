@@ -95,7 +95,8 @@ def train_batches(source: Source, *, image_size: int, batch_size: int, seed: int
 
 def evaluation_batches(source: Source, *, image_size: int, batch_size: int, limit: int | None = None,
                        crops: int = 1, min_crop: float = 0.5, max_crop: float = 1.0, broken_limit: float = 0.01,
-                       on_broken: Callable[[str, str], None] | None = None) -> "EvaluationBatches":
+                       on_broken: Callable[[str, str], None] | None = None,
+                       whole: bool = False) -> "EvaluationBatches":
     """One pass over the source in order, the same each time: this process's rows of the global batches.
 
     Args:
@@ -103,6 +104,7 @@ def evaluation_batches(source: Source, *, image_size: int, batch_size: int, limi
       limit: how many records, spread evenly over the source (a folder is sorted by class); None for all.
       crops: 1 takes ADM's centre crop of each record. More take that many random crops of min_crop..max_crop
         of the short side, the same on every call: for sources of few, large images such as `photos:test`.
+      whole: every process gets all rows.
     Returns:
       An iterable with len(), of batches like train_batches', where index is the record's number, plus mask
       bool (B,): False for the padding of the last batch and where a record was broken and stands
@@ -110,7 +112,7 @@ def evaluation_batches(source: Source, *, image_size: int, batch_size: int, limi
     Raises:
       ValueError, TooManyBroken: as train_batches.
     """
-    rows = _check(source, image_size, batch_size, min_crop, max_crop, broken_limit)
+    rows = _check(source, image_size, batch_size, min_crop, max_crop, broken_limit, whole)
     if crops < 1 or (limit is not None and limit < 1):
         raise ValueError(f"crops={crops} and limit={limit} must be at least 1")
     n = len(source) if limit is None else min(limit, len(source))
@@ -137,7 +139,8 @@ class EvaluationBatches:
     def __iter__(self):
         total = len(self._records)
         positions = np.arange(len(self) * self._batch_size).reshape(len(self), -1, self._rows)
-        positions = positions[:, jax.process_index()].ravel()                     # this process's rows
+        mine = jax.process_index() if self._rows < self._batch_size else 0
+        positions = positions[:, mine].ravel()                                    # this process's rows
 
         # Past the end the last example is repeated, so that every process has as many rows in every batch.
         padded = np.minimum(positions, total - 1)
@@ -199,8 +202,8 @@ class _Tally:
                                 "Repair or remove them, or raise broken_limit if they may be left out.")
 
 
-def _check(source, image_size, batch_size, min_crop, max_crop, broken_limit) -> int:
-    """How many rows of each global batch are this process's."""
+def _check(source, image_size, batch_size, min_crop, max_crop, broken_limit, whole=False) -> int:
+    """How many rows of each global batch are this process's, or all of them."""
     if len(source) == 0:
         raise ValueError(f"{source!r} holds no example")
     if image_size < 1 or batch_size < 1:
@@ -209,7 +212,7 @@ def _check(source, image_size, batch_size, min_crop, max_crop, broken_limit) -> 
         raise ValueError(f"min_crop={min_crop}, max_crop={max_crop}: 0 < min_crop <= max_crop <= 1 must hold")
     if not 0 <= broken_limit <= 1:
         raise ValueError(f"broken_limit={broken_limit} is not a fraction between 0 and 1")
-    return rows_of_process(batch_size)
+    return batch_size if whole else rows_of_process(batch_size)
 
 
 def _read(examples: grain.MapDataset, rows: int, image_size: int, workers: int) -> Iterator[dict]:

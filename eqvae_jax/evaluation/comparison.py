@@ -108,6 +108,7 @@ def open_batches(protocol):
         min_crop=protocol.min_crop,
         max_crop=protocol.max_crop,
         on_broken=broken.__setitem__,
+        whole=True,
     )
     return batches, broken
 

@@ -19,13 +19,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from eqvae_jax import weights
+from eqvae_jax import distributed, weights
 from eqvae_jax.atomic import whole
 from eqvae_jax.autoencoders.objective import to_float
 from eqvae_jax.evaluation import gaussians
 from eqvae_jax.evaluation.samples import checked_images
 from eqvae_jax.features.classifier import Classifier
 from eqvae_jax.features.inception import PROTOCOLS, inception_features
+from eqvae_jax.training.metrics import fetch
+from eqvae_jax.training.sharding import devices_for, spread
 from eqvae_jax.weights.autoencoders import parameter_hash
 from eqvae_jax.weights.errors import WeightsError
 from eqvae_jax.weights.tables import check_parameters
@@ -42,7 +44,7 @@ class Extractor(NamedTuple):
 
     name: "inception", or a classifier's own. hash: of its parameters. protocol: how images reach it.
     extract: uint8 (B, H, W, 3), NumPy or JAX -> {"pool": (B, D), ["spatial": (B, 2023),] "logits": (B, K)}, float32;
-      spread over this process's devices where they divide B.
+      spread over all devices where they divide B; several processes all call it, with the same images.
     """
 
     name: str
@@ -97,17 +99,18 @@ def classifier_extractor(workdir):
 
 
 def _spread(compute, params):
-    """`compute(params, images)` as a function of images, which are spread over this process's devices."""
+    """`compute(params, images)` as a function of images, which are spread over all devices."""
     placed = {}
 
     def extract(images):
-        devices = jax.local_devices()
-        devices = devices if len(images) % len(devices) == 0 else devices[:1]
+        devices = devices_for(len(images))
         mesh = Mesh(np.array(devices), ("data",))
         if len(devices) not in placed:
             placed[len(devices)] = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         with jax.default_matmul_precision("highest"):  # the accelerators' default is TF32 or bf16
-            return compute(placed[len(devices)], jax.device_put(images, NamedSharding(mesh, PartitionSpec("data"))))
+            rows = NamedSharding(mesh, PartitionSpec("data"))
+            images = jax.device_put(images, rows) if isinstance(images, jax.Array) else spread(images, rows)
+            return compute(placed[len(devices)], images)
 
     return extract
 
@@ -164,7 +167,7 @@ def collect(extractor, batches, count=None, *, batch_size=50, cache=None, progre
       ValueError: images of another type, shape or size than the first, in [0, 1] though 8-bit, fewer than two; features
         that are not finite.
     """
-    devices = len(jax.local_devices())
+    devices = len(jax.devices())
     batch_size = -(-batch_size // devices) * devices
     pool, spatial, content = gaussians.Statistics(), gaussians.Statistics(), hashlib.sha256()
     directory = pathlib.Path(cache).expanduser() if cache else None
@@ -224,18 +227,27 @@ def _cached(directory, extractor, digest, images, batch_size):
     made = [_FORMAT, extractor.name, extractor.hash, extractor.protocol, digest.hexdigest()]
     key = hashlib.sha256("\n".join(made).encode()).hexdigest()
     path = directory / key[:2] / f"{key}.npz"
-    if path.exists():
-        try:
-            with np.load(path) as file:  # whose checksums are verified
-                features = {kind: file[kind] for kind in file}
-            _check(features, len(images))
-            return features, True
-        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, OSError) as error:
-            logger.warning("cached features %s are damaged (%s) and are computed anew", path, error)
-    features = _compute(extractor, images, batch_size)
-    with whole(path) as partial, partial.open("wb") as file:
-        np.savez(file, **features)
-    return features, False
+    features = _stored(path, len(images))
+    if not all(distributed.gather("features are kept", features is not None)):  # each may have a disk of its own
+        features = _compute(extractor, images, batch_size)
+        with whole(path) as partial, partial.open("wb") as file:
+            np.savez(file, **features)
+        return features, False
+    return features, True
+
+
+def _stored(path, count):
+    """Features of a cached shard of so many images, None where there is none or it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as file:  # whose checksums are verified
+            features = {kind: file[kind] for kind in file}
+        _check(features, count)
+        return features
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, OSError) as error:
+        logger.warning("cached features %s are damaged (%s) and are computed anew", path, error)
+        return None
 
 
 def _compute(extractor, images, batch_size):
@@ -246,7 +258,7 @@ def _compute(extractor, images, batch_size):
         if len(batch) < batch_size:
             batch = np.pad(batch, [(0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)])
         pending.append(extractor.extract(batch))
-    pending = jax.device_get(pending)  # not one by one, so that the device never waits for the host
+    pending = fetch(pending)  # not one by one, so that the device never waits for the host
     features = {kind: np.concatenate([part[kind] for part in pending])[: len(images)] for kind in pending[0]}
     _check(features, len(images))
     return features

@@ -91,7 +91,6 @@ def measure(*, reference, generated, extractor, metrics=None, subsets=100, subse
 
     Raises ValueError as `plan`, before anything is compiled, and as `collect`.
     """
-    _in_one_process()
     chosen, left_out = plan(reference, generated, extractor, metrics, subset_size)
     stored = stored_statistics(reference, extractor)
     moments = [metric for metric in ("fid", "sfid") if metric in chosen]
@@ -206,7 +205,6 @@ def write_reference(path, reference, extractor, *, batch_size=50, cache=None, pr
 
     Returns the FeatureSet. Raises ValueError as `collect`, or if there are no images.
     """
-    _in_one_process()
     if not reference.count:
         raise ValueError(f"{reference.reference} holds statistics only, and a reference is made from images.")
     options = {"batch_size": batch_size, "cache": cache, "progress": progress, "name": "reference"}
@@ -214,14 +212,8 @@ def write_reference(path, reference, extractor, *, batch_size=50, cache=None, pr
     every = -(-features.count // REFERENCE_IMAGES)
     made_with = {"features": extractor.name, "hash": extractor.hash, "protocol": extractor.protocol,
                  "count": features.count, "images": reference.reference, "content": features.hash}
-    write_npz(
-        path, reference.batches(batch_size, every), -(-features.count // every), statistics=features.gaussian,
-        spatial=None if extractor.protocol == "pytorch-fid" else features.spatial, made_with=made_with,
-    )
+    if jax.process_index() == 0:
+        write_npz(path, reference.batches(batch_size, every), -(-features.count // every), made_with=made_with,
+                  statistics=features.gaussian,
+                  spatial=None if extractor.protocol == "pytorch-fid" else features.spatial)
     return features
-
-
-def _in_one_process():
-    if jax.process_count() > 1:
-        raise ValueError(f"metrics of generation are taken in one process on all its devices, not in "
-                         f"{jax.process_count()}: run the command on one host.")

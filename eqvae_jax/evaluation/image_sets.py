@@ -81,8 +81,9 @@ def _from_source(reference, size):
         pass  # the first batch says so
 
     def batches(rows, every=1):
-        whole = evaluation_batches(source, image_size=size[0], batch_size=rows, on_broken=broken.__setitem__)
-        return _each((batch["image"][batch["mask"]] for batch in whole), every)
+        found = evaluation_batches(source, image_size=size[0], batch_size=rows, whole=True,
+                                   on_broken=broken.__setitem__)
+        return _each((batch["image"][batch["mask"]] for batch in found), every)
 
     return ImageSet(reference, len(source), size, batches, preparation, None, broken)
 

@@ -15,6 +15,7 @@ import numpy as np
 from eqvae_jax.evaluation.intrinsic import IntrinsicDimension, two_nn
 from eqvae_jax.evaluation.reconstruction import placed_batches
 from eqvae_jax.evaluation.spectrum import Spectrum, SpectrumMeter
+from eqvae_jax.training.metrics import to_host
 
 SHARES_ABOVE = (0.25, 0.5)  # of the Nyquist frequency
 
@@ -77,7 +78,7 @@ def _posteriors(encode, params, batches, progress):
     with jax.default_matmul_precision("highest"):  # the accelerators' default is TF32 or bf16
         for x, _, mask, placed in placed_batches(batches, params, progress, "latents"):
             real = slice(None) if mask is None else np.asarray(mask, bool)
-            yield tuple(np.asarray(array)[real] for array in _mean_and_std(encode, placed, x))
+            yield tuple(to_host(array)[real] for array in _mean_and_std(encode, placed, x))
 
 
 class _StatisticsMeter:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eqvae_jax.training.metrics import to_host
+
 # How a float image becomes the 8-bit image a viewer sees. "round" is clip(127.5 x + 128) cut to an integer:
 # half-up rounding, used by ADM, DiT and the released EQ-VAE evaluation. "truncate" is 127.5 (x + 1) cut to an
 # integer, LDM's own writer: half a grey level darker on average; the 2^-12 added here lets images that were 8-bit stay
@@ -121,7 +123,7 @@ class Means:
     def add(self, values, mask=None):
         """values: dict name -> (B,); mask: (B,) bool, False for padding, whose values are never looked at."""
         for name, value in values.items():
-            value = np.asarray(value, np.float64)
+            value = to_host(value).astype(np.float64)
             real = value if mask is None else value[np.asarray(mask, bool)]
             self._sums[name] = self._sums.get(name, 0.0) + float(real.sum())
             self._counts[name] = self._counts.get(name, 0) + real.size
@@ -150,7 +152,7 @@ class CodeCounts:
 
     def add(self, indices, mask=None):
         """indices: (B, h, w) in 0 .. size - 1; mask: (B,) bool, False for padding, whose codes are not counted."""
-        indices = np.asarray(indices)
+        indices = to_host(indices)
         real = indices if mask is None else indices[np.asarray(mask, bool)]
         self._counts += np.bincount(real.ravel(), minlength=len(self._counts))
 

@@ -24,6 +24,8 @@ from eqvae_jax.evaluation import metrics
 from eqvae_jax.evaluation.rfid import Pairs
 from eqvae_jax.evaluation.transforms import family_means
 from eqvae_jax.features.lpips import lpips as lpips_distance
+from eqvae_jax.training.metrics import to_host
+from eqvae_jax.training.sharding import devices_for, spread
 
 
 @functools.cache
@@ -231,10 +233,10 @@ def pictures(encode, decode, params, batch, chosen, *, method="bilinear", antial
                 shown["target"][transform.label] = target
                 shown["first"][transform.label] = _run(decode, placed, encoded["mode"])
                 shown["moved"][transform.label] = _run(decode, placed, moved["mode"])
-    clipped = lambda image: np.clip(jax.device_get(image), -1.0, 1.0)
+    clipped = lambda image: np.clip(to_host(image), -1.0, 1.0)
     return {
         "image": clipped(shown["image"]),  # 255 comes back from the device as 1.0000001
-        "latent": jax.device_get(shown["latent"]),
+        "latent": to_host(shown["latent"]),
         "reconstruction": clipped(shown["reconstruction"]),
     } | {
         which: {label: clipped(image) for label, image in shown[which].items()}
@@ -243,19 +245,19 @@ def pictures(encode, decode, params, batch, chosen, *, method="bilinear", antial
 
 
 def placed_batches(batches, params, progress, name):
-    """Yields (x float32 in [-1, 1], number, mask, params), the batch spread over this process's devices.
+    """Yields (x float32 in [-1, 1], number, mask, params), the batch spread over all devices, also of other processes.
 
-    A batch that the devices do not divide stays on the first. `number` is each row's place in the whole pass;
-    a record's index would not do, as several crops share it.
+    They all have the whole of it. A batch that the devices of one process do not divide stays on the first. `number` is
+    each row's place in the whole pass; a record's index would not do, as several crops share it.
     """
     placed = None
     bar = tqdm(batches, desc=name, unit="batch", leave=False, disable=None if progress else True)
     for step, batch in enumerate(bar):
         rows = len(batch["image"])
-        devices = jax.local_devices()
-        mesh = Mesh(np.array(devices if rows % len(devices) == 0 else devices[:1]), ("data",))
+        mesh = Mesh(np.array(devices_for(rows)), ("data",))
         if placed is None:
             placed = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         number = np.arange(step * rows, (step + 1) * rows, dtype=np.int32)
-        image, number = jax.device_put((batch["image"], number), NamedSharding(mesh, PartitionSpec("data")))
+        image, number = (spread(array, NamedSharding(mesh, PartitionSpec("data")))
+                         for array in (batch["image"], number))
         yield to_float(image), number, batch.get("mask"), placed

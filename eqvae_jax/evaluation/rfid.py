@@ -12,6 +12,7 @@ import numpy as np
 
 from eqvae_jax.evaluation import feature_sets, metrics
 from eqvae_jax.evaluation.gaussians import Statistics, frechet_distance
+from eqvae_jax.training.metrics import to_host
 
 
 def describe(extractor):
@@ -71,7 +72,7 @@ class Pairs:
         """x, y: (B, H, W, 3) in [-1, 1], the reference and what is compared with it; mask: (B,), False for padding."""
         reference, generated, finite = _as_bytes(x, y, self._uint8)
         real = np.ones(len(finite), bool) if mask is None else np.asarray(mask, bool)
-        if not np.asarray(finite)[real].all():
+        if not to_host(finite)[real].all():
             self._broken.add(label)  # its bytes would be any
         place = (label, *x.shape[1:3])
         if place not in self._known:
@@ -79,7 +80,7 @@ class Pairs:
         self._generated.setdefault(place, _Set()).add(self._features(generated, real))
 
     def _features(self, images, real):
-        return np.asarray(self._extract(images)["pool"])[real]
+        return to_host(self._extract(images)["pool"])[real]
 
     def result(self):
         """{key or key/label: distance}, NaN where an image was not finite or there are under two. Ends the pass."""

@@ -89,6 +89,11 @@ def evaluate(eval_step, state, batches, mesh, interrupted=lambda: False):
     return means
 
 
+def fetch(tree):
+    """`to_host` of all arrays of a tree, at once where they are all here."""
+    return jax.device_get(tree) if jax.process_count() == 1 else jax.tree.map(to_host, tree)
+
+
 def to_host(array):
     """Returns a numpy array of the whole of `array`, also where parts of it live on other hosts, which all ask."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:

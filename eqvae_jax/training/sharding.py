@@ -48,6 +48,11 @@ def state_shardings(mesh, shapes, min_size):
                             for field in ("params", "opt_state", "ema")})
 
 
+def spread(array, sharding):
+    """The global array of a numpy array that every process holds whole: each gives its own devices their part."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+
+
 def put(mesh, batch):
     """Returns the global batch, each array split over all devices along axis 0, from this host's rows of it.
 
@@ -62,3 +67,17 @@ def put(mesh, batch):
     sharding = NamedSharding(mesh, PartitionSpec(AXES))
     return {name: jax.make_array_from_process_local_data(sharding, np.asarray(rows_of))
             for name, rows_of in batch.items()}
+
+
+def devices_for(rows):
+    """All devices, or the first where they do not divide a batch of so many rows.
+
+    Raises ValueError where that one is not every process's own.
+    """
+    devices = jax.devices()
+    if rows % len(devices) == 0:
+        return devices
+    if jax.process_count() > 1:
+        raise ValueError(f"batches of {rows} do not divide over the {len(devices)} devices of {jax.process_count()} "
+                         f"processes: --batch_size={-(-rows // len(devices)) * len(devices)}.")
+    return devices[:1]

@@ -17,6 +17,7 @@ import ml_collections
 import numpy as np
 import optax
 
+from eqvae_jax import distributed
 from eqvae_jax.training import sharding
 from eqvae_jax.training.loop import Data, Task, train
 from eqvae_jax.training.optimizer import ema_update, guarded, make_optimizer
@@ -48,16 +49,22 @@ def batch_at(step):
     return {"x": x, "y": x @ slope + 0.5, "index": index}
 
 
+def rows_here(batch):
+    """This process's rows of a global batch."""
+    rows = BATCH // jax.process_count()
+    return {name: values[jax.process_index() * rows:][:rows] for name, values in batch.items()}
+
+
 def batches(start):
     while True:
-        yield batch_at(start)
+        yield rows_here(batch_at(start))
         start += 1
 
 
 def evaluation():
     """Two batches, of which the last has three padded rows."""
     for step, real in ((1000, BATCH), (1001, BATCH - 3)):
-        yield batch_at(step) | {"mask": np.arange(BATCH) < real}
+        yield rows_here(batch_at(step) | {"mask": np.arange(BATCH) < real})
 
 
 def make_task(config, mesh):
@@ -147,13 +154,46 @@ def signalled(workdir):
     return stream
 
 
-def main(mode, workdir):
+def together(workdir, steps="6", wait_at="-1", who="0", then="", data="same"):
+    """A run of several processes, each step of which is saved.
+
+    then: what process `who` does before step `wait_at`: raise an error, or wait until a file "go" is there; or, "stop",
+    what all do: slow steps from there on, so that a signal comes in time.
+    """
+    def stream(start):
+        for step, batch in enumerate(batches(start), start):
+            if step == int(wait_at) and then == "stop":
+                pathlib.Path(workdir, f"at_{wait_at}").touch()
+            if step >= int(wait_at) and then == "stop":
+                time.sleep(0.2)
+            if step == int(wait_at) and jax.process_index() == int(who):
+                if then == "raise":
+                    raise OSError(5, "the disk is on fire")
+                while then == "wait":
+                    pathlib.Path(workdir, f"at_{wait_at}").touch()
+                    time.sleep(0.05)
+            yield batch
+
+    def work():
+        distributed.start(stops=False)
+        config = get_config(**{"training.steps": int(steps), "checkpoint.every": 1, "training.eval_every": 3,
+                               "optimizer.schedule": "constant", "mesh.fsdp": 2})
+        mesh = sharding.make_mesh(config.mesh)
+        state = train(make_task(config, mesh), Data(stream, evaluation, lambda: {"data": data}), config, workdir, mesh)
+        print("returned at step", int(state.step))
+
+    sys.exit(distributed.run(work))
+
+
+def main(mode, workdir, *options):
     every_4 = get_config(**{"checkpoint.every": 4})
     if mode == "killed":
         run(workdir, every_4, killed_while_saving(workdir))
     elif mode == "signalled":
         state = run(workdir, every_4, signalled(workdir))
         print("returned at step", int(state.step))
+    elif mode == "together":
+        together(workdir, **dict(option.split("=") for option in options))
     elif mode == "eight_devices":
         # One run on 2 x 4 devices, one that starts on 1 device, goes on over 8, and ends on 1.
         sharded = get_config(**{"mesh.fsdp": 4})
