@@ -10,6 +10,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
+from eqvae_jax import distributed
+from eqvae_jax.training import checksums
 from eqvae_jax.training.workdir import local_path, resolved
 
 # How the operating system says it, found inside messages of Orbax and TensorStore that have no errno.
@@ -56,7 +58,8 @@ class Checkpoints:
                 keep_checkpoints_without_metrics=False)])
             best = {"best_fn": value, "best_mode": settings.best_mode}  # without it Orbax writes no metrics
         options = ocp.CheckpointManagerOptions(
-            cleanup_tmp_directories=True, preservation_policy=policy, **best)
+            cleanup_tmp_directories=True, preservation_policy=policy, **best,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._complete))
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "config"))
         self._saving = None  # the step of the newest save begun; errors of the background come later
 
@@ -88,6 +91,12 @@ class Checkpoints:
         if not saved:  # all that Orbax says of an existing or older step
             raise ValueError(f"cannot save step {step}: step {self._manager.latest_step()} is already there")
 
+    def _complete(self):
+        """In the background, once all is written and before it gets its name: remembers what its files are."""
+        if jax.process_index() == 0:
+            unnamed, = self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+            checksums.record(unnamed, self.directory / str(self._saving))
+
     def wait(self):
         """Returns when everything is on disk; raises SaveError where it could not be written."""
         with self._failures_explained():
@@ -99,7 +108,7 @@ class Checkpoints:
             self._manager.check_for_errors()
 
     def restore(self, shapes):
-        """Returns (state, step) of the newest checkpoint that can be read, or None where there is none.
+        """Returns (state, step) of the newest checkpoint that is whole and can be read, or None where there is none.
 
         shapes: TrainState of ShapeDtypeStruct with the shardings wanted now; the run that saved may have had
         another mesh. An unreadable newer one is named in a warning and moved to workdir/broken_checkpoints,
@@ -108,6 +117,9 @@ class Checkpoints:
         """
         failures = {}
         for step in reversed(saved_steps(self._workdir)):
+            if problem := self._problem(step):
+                failures[step] = problem
+                continue
             try:
                 items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
                 state = self._manager.restore(step, args=items).state
@@ -122,6 +134,12 @@ class Checkpoints:
                                "if the code changed since, go back to the version that wrote them; to start "
                                "afresh, name another --workdir")
         return None
+
+    def _problem(self, step):
+        """What the first process finds wrong with a checkpoint's files: all hosts read the same one, or none does."""
+        leads = jax.process_index() == 0
+        found = checksums.problem(self.directory / str(step)) if leads else None
+        return distributed.gather(f"checkpoint {step} is looked at", found)[0]
 
     def _set_aside(self, failures, restored):
         for step, reason in failures.items():

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import toy_regression as toy
 
+from eqvae_jax.training import checksums
 from eqvae_jax.training.checkpoint import load_params, saved_steps
 
 
@@ -32,22 +33,51 @@ def damage(step, how):
             content = bytearray(path.read_bytes())
             content[len(content) // 3:] = bytes(len(content) - len(content) // 3)
             path.write_bytes(content)
+    elif how == "one_bit":
+        data = max((path for path in files if path.parent.name == "d"), key=lambda path: path.stat().st_size)
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 1
+        data.write_bytes(content)
+    elif how == "emptied":
+        max(files, key=lambda path: path.stat().st_size).write_bytes(b"")
+    elif how == "config":
+        (step / "config" / "metadata").unlink()
     else:
         shutil.rmtree(step / "state")
 
 
-@pytest.mark.parametrize("how", ["truncated", "overwritten", "missing"])
+DAMAGE = {"truncated": "bytes instead of", "overwritten": "not what was written", "missing": "state/.* is missing",
+          "one_bit": "not what was written", "emptied": "has 0 bytes instead of", "config": "config/metadata is missing"}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(finished, config, how, capsys):
     workdir, state = finished
     newest = workdir / "checkpoints" / "6"
     damage(newest, how)
-    with pytest.warns(UserWarning, match=f"{newest} cannot be restored.*going on from step 4"):
+    with pytest.warns(UserWarning, match=f"{newest} cannot be restored .*{DAMAGE[how]}.*going on from step 4"):
         again = toy.run(workdir, config)
     assert "going on from step 4" in capsys.readouterr().err
     np.testing.assert_array_equal(again.params["model"]["w"], state.params["model"]["w"])
     assert saved_steps(workdir) == [4, 6]  # step 6 could be saved again
     assert (workdir / "broken_checkpoints" / "6").is_dir()
     np.testing.assert_array_equal(load_params(workdir, "params")[0]["model"]["w"], state.params["model"]["w"])
+
+
+@pytest.mark.parametrize("how", ["truncated", "overwritten", "missing"])
+def test_so_it_is_where_no_checksums_were_kept(finished, config, how):
+    workdir, state = finished
+    shutil.rmtree(workdir / "checksums")
+    damage(workdir / "checkpoints" / "6", how)
+    with pytest.warns(UserWarning, match="6 cannot be restored.*going on from step 4"):
+        again = toy.run(workdir, config)
+    np.testing.assert_array_equal(again.params["model"]["w"], state.params["model"]["w"])
+
+
+def test_checksums_are_kept_of_the_checkpoints_that_are_kept(finished):
+    workdir, _ = finished
+    assert {path.stem for path in (workdir / "checksums").iterdir()} >= {"4", "6"}
+    assert checksums.problem(workdir / "checkpoints" / "6") is None
 
 
 def test_when_none_can_be_restored_nothing_is_touched(finished, config):
