@@ -96,7 +96,8 @@ def train(task, data, config, workdir, mesh):
             observe(state, start)  # where it was saved and then stopped
         batches, interval = data.train(start), Interval(ledger)
         for step in range(start, settings.steps):
-            batch = put(mesh, _next(batches, step))
+            with interval.spending("input"):
+                batch = put(mesh, _next(batches, step))
             if step == start and task.warm_up and settings.warm_up:
                 warm_up.start(task.warm_up(shapes, jax.tree.map(_shape, batch)))
             state, metrics = task.train_step(state, batch, step)
@@ -111,20 +112,22 @@ def train(task, data, config, workdir, mesh):
                 writer.scalars(done, means)
                 progress.report(done, means)
                 checkpoints.check()
-            with interval.paused():
-                due, ranking = _due(config.checkpoint.every, done, last), config.checkpoint.best_metric
-                early = (due or last or stopping) and not ranking
-                if early:  # before what may fail, which should cost none of the steps so far
+            due, ranking = _due(config.checkpoint.every, done, last), config.checkpoint.best_metric
+            early = (due or last or stopping) and not ranking
+            if early:  # before what may fail, which should cost none of the steps so far
+                with interval.spending("checkpoint"):
                     _save(checkpoints, state, done, settings)
-                try:
+            try:
+                with interval.spending("evaluation"):
                     evaluated = None if stopping else observe(state, done)
-                except Exception:
-                    if not early and jax.process_count() == 1:  # other hosts would not join in
-                        _save(checkpoints, state, done, settings)
-                    raise
-                stopping = stopping or stop.pending()  # a signal may have come while evaluating
-                # With a ranking every evaluated state is saved, or the best might never be on disk.
-                if not early and (due or last or stopping or (evaluated and ranking)):
+            except Exception:
+                if not early and jax.process_count() == 1:  # other hosts would not join in
+                    _save(checkpoints, state, done, settings)
+                raise
+            stopping = stopping or stop.pending()  # a signal may have come while evaluating
+            # With a ranking every evaluated state is saved, or the best might never be on disk.
+            if not early and (due or last or stopping or (evaluated and ranking)):
+                with interval.spending("checkpoint"):
                     _save(checkpoints, state, done, settings, evaluated)
             if stopping:
                 break

@@ -24,7 +24,7 @@ class Interval:
         self._restart()
 
     def _restart(self):
-        self._metrics, self._rows, self._paused = [], 0, 0.0
+        self._metrics, self._rows, self._spent = [], 0, dict.fromkeys(("input", "checkpoint", "evaluation"), 0.0)
         self._begun, self._compiled = time.monotonic(), self._ledger.seconds
 
     def add(self, metrics, rows):
@@ -35,27 +35,35 @@ class Interval:
             jax.block_until_ready(self._metrics[-1 - STEPS_AHEAD])
 
     @contextlib.contextmanager
-    def paused(self):
-        """Around what is not training: its time does not count in the rates."""
+    def spending(self, what):
+        """Around waiting for "input", and around a "checkpoint" or an "evaluation", which do not count in the rates."""
         begun = time.monotonic()
-        yield
-        self._paused += time.monotonic() - begun
+        try:
+            yield
+        finally:
+            self._spent[what] += time.monotonic() - begun
 
     def means(self):
-        """Returns {name: mean} with steps_per_second, images_per_second and compile_seconds, and begins anew.
+        """Returns {name: mean} with steps_per_second, images_per_second and where time went, and begins anew.
 
+        compile_, checkpoint_ and evaluation_seconds; input_wait, the share of training time in which the device may
+        have stood still because no batch was there; goodput, the share of all time that was neither of these waits
+        (compiling counts in, as programs are also compiled beside training).
         The mean is over the steps that reported the name with a finite number (a skipped update may have
         none, and should not hide the others); NaN where there is no such step.
         """
         fetched = jax.device_get(self._metrics)
-        seconds = time.monotonic() - self._begun - self._paused
+        whole, spent = time.monotonic() - self._begun, self._spent
+        seconds = whole - spent["checkpoint"] - spent["evaluation"]
         means = {}
         for name in dict.fromkeys(name for metrics in fetched for name in metrics):
             column = np.array([metrics[name] for metrics in fetched if name in metrics], np.float64)
             finite = column[np.isfinite(column)]
             means[name] = float(finite.mean()) if finite.size else float("nan")
         means |= {"steps_per_second": len(fetched) / seconds, "images_per_second": self._rows / seconds,
-                  "compile_seconds": self._ledger.seconds - self._compiled}
+                  "compile_seconds": self._ledger.seconds - self._compiled,
+                  "checkpoint_seconds": spent["checkpoint"], "evaluation_seconds": spent["evaluation"],
+                  "input_wait": spent["input"] / seconds, "goodput": (seconds - spent["input"]) / whole}
         self._restart()
         return means
 

@@ -47,7 +47,8 @@ def damage(step, how):
 
 
 DAMAGE = {"truncated": "bytes instead of", "overwritten": "not what was written", "missing": "state/.* is missing",
-          "one_bit": "not what was written", "emptied": "has 0 bytes instead of", "config": "config/metadata is missing"}
+          "one_bit": "not what was written", "emptied": "has 0 bytes instead of",
+          "config": "config/metadata is missing"}
 
 
 @pytest.mark.parametrize("how", DAMAGE)

@@ -14,7 +14,8 @@ from eqvae_jax.training.checkpoint import SaveError, saved_steps
 from eqvae_jax.training.loop import Data, train
 from eqvae_jax.training.stopping import Diverged
 
-TIMINGS = {"steps_per_second", "images_per_second", "compile_seconds"}
+TIMINGS = {"steps_per_second", "images_per_second", "compile_seconds", "checkpoint_seconds", "evaluation_seconds",
+           "input_wait", "goodput"}
 
 
 def metrics_of(workdir):

@@ -21,7 +21,7 @@ LIMIT = 4  # seconds without a sign of life
 class Processes:
     """`count` processes of the toy run, each with `devices`, in one workdir."""
 
-    def __init__(self, workdir, count, *options, devices=1, each=lambda k: (), start_limit=60):
+    def __init__(self, workdir, count, *options, devices=1, each=lambda k: (), start_limit=300):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -39,7 +39,7 @@ class Processes:
 
     def at(self, step):
         """Waits until a process is about to take a step, and has saved those before."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (self.workdir / f"at_{step}").exists() or step - 1 not in saved_steps(self.workdir):
             assert time.monotonic() < deadline and all(p.poll() is None for p in self.running), self.end()
             time.sleep(0.05)
@@ -49,7 +49,7 @@ class Processes:
         self.running[k].send_signal(number)
         return self
 
-    def end(self, timeout=120):
+    def end(self, timeout=400):
         """(exit codes, standard outputs, standard errors)."""
         try:
             written = [process.communicate(timeout=timeout) for process in self.running]
