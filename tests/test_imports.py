@@ -16,6 +16,8 @@ ALLOWED = {
     "backend": set(),
     "atomic": set(),
     "equivariance": set(),
+    "hardware": set(),
+    "planning": {"hardware", "training"},
     "features": set(),
     "data": set(),
     "generators": {"training"},
@@ -25,7 +27,7 @@ ALLOWED = {
     "evaluation": {"equivariance", "features", "autoencoders", "generators", "weights", "data",
                    "training"},
 }
-DOORS = {"main", "run", "encode", "sample", "evaluate", "report", "convert"}
+DOORS = {"main", "run", "encode", "sample", "evaluate", "report", "convert", "plan"}
 
 
 def part(module):

@@ -48,6 +48,16 @@ def state_shardings(mesh, shapes, min_size):
                             for field in ("params", "opt_state", "ema")})
 
 
+def replicate(mesh, arrays):
+    """The arrays on every device, once: as host arrays they would travel at every step.
+
+    ShapeDtypeStructs, with which a step is planned on devices that may not be there, are returned as they are.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    put = lambda array: array if isinstance(array, jax.ShapeDtypeStruct) else jax.device_put(array, everywhere)
+    return jax.tree.map(put, arrays)
+
+
 def put(mesh, batch):
     """Returns the global batch, each array split over all devices along axis 0, from this host's rows of it.
 
