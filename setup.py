@@ -37,6 +37,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
+        "plan": ["libtpu"],  # the TPU's compiler, which plan.py runs without a TPU; not in [test]: it slows JAX's start
         "ode": ["diffrax>=0.7"],  # the adaptive sampler dopri5; every other sampler works without it
         # torch and what is built on it are references to measure against; the package never imports them. Pinned
         # together: torchvision (which lpips needs) asks for exactly one torch.

@@ -17,6 +17,8 @@ ALLOWED = {
     "atomic": set(),
     "distributed": set(),
     "equivariance": set(),
+    "hardware": set(),
+    "planning": {"hardware", "training"},
     "features": set(),
     "data": set(),
     "generators": {"training"},
@@ -26,7 +28,7 @@ ALLOWED = {
     "evaluation": {"equivariance", "features", "autoencoders", "generators", "weights", "data",
                    "training"},
 }
-DOORS = {"main", "run", "encode", "sample", "evaluate", "report", "convert"}
+DOORS = {"main", "run", "encode", "sample", "evaluate", "report", "convert", "plan"}
 
 
 def part(module):

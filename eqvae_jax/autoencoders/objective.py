@@ -21,6 +21,7 @@ from eqvae_jax import equivariance
 from eqvae_jax.autoencoders import losses
 from eqvae_jax.autoencoders.discriminator import PatchDiscriminator
 from eqvae_jax.features.lpips import lpips as lpips_distance
+from eqvae_jax.training.programs import call
 
 ENCODER_PARTS = ("encoder", "quant_conv")
 # equivariance.objective -> (explicit, E(tau x) is a constant); "implicit" is EQ-VAE's own.
@@ -38,20 +39,6 @@ def split_params(params):
     decoding = {name: part for name, part in params.items() if name not in ENCODER_PARTS}
     # flax asks for the parameters that a model itself declares, a codebook, in every method.
     return {name: part for name, part in params.items() if name in (*ENCODER_PARTS, "codebook")}, decoding
-
-
-def call(program, *args, **static):
-    return program(*args, **static)
-
-
-def compile_only(program, *args, **static):
-    """Compiles a jitted program for arguments given as shapes, and returns the shapes of its results.
-
-    The executable lands where a later call with such arguments finds it.
-    """
-    lowered = program.lower(*args, **static)
-    place = lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding)
-    return jax.tree.map(place, lowered.out_info, lowered.compile().output_shardings)
 
 
 def make_discriminator(config, model):

@@ -1,18 +1,20 @@
 """The autoencoder's task for the one training loop: EQ fine-tuning, or plain training."""
 
+from collections import Counter
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from eqvae_jax import equivariance
-from eqvae_jax.autoencoders.objective import OBJECTIVES, compile_only, eq_gradients, make_discriminator, to_float
+from eqvae_jax.autoencoders.objective import OBJECTIVES, eq_gradients, make_discriminator, to_float
+from eqvae_jax.training.flops import FlopCount
 from eqvae_jax.training.loop import Task
 from eqvae_jax.training.optimizer import ema_update, guarded, make_optimizer
-from eqvae_jax.training.sharding import state_shardings
-from eqvae_jax.training.state import TrainState
+from eqvae_jax.training.programs import Variant, call, compile_only, expected, spread
+from eqvae_jax.training.sharding import replicate, state_shardings
+from eqvae_jax.training.state import TrainState, state_shapes
 
 
 def check(config, model, mesh):
@@ -58,7 +60,7 @@ def autoencoder_task(config, model, params, mesh, lpips=None, critic=None) -> Ta
 
     Args:
       config: reads `seed`, `equivariance`, `loss`, `optimizer`, `ema_decay`, `training.{accumulate,steps}`, `mesh`.
-      model, params: an autoencoder and the weights to start from.
+      model, params: an autoencoder and the weights to start from; ShapeDtypeStructs for a task to plan with.
       lpips: parameters of `features.lpips`; required unless config.loss.perceptual_weight is 0.
       critic: {"params", "batch_stats"} of a trained discriminator to start from; None for a new one.
     Raises ValueError if the perceptual loss has no weights.
@@ -67,8 +69,7 @@ def autoencoder_task(config, model, params, mesh, lpips=None, critic=None) -> Ta
     if loss.perceptual_weight and lpips is None:
         raise ValueError("loss.perceptual_weight is not 0 but no LPIPS weights were given; set "
                          "--config.loss.lpips_weights, or --config.loss.perceptual_weight=0.")
-    # Committed to the devices once: as host arrays they would travel at every step.
-    lpips = lpips and jax.device_put(lpips, NamedSharding(mesh, PartitionSpec()))
+    lpips = lpips and replicate(mesh, lpips)
     discriminator, gradients = make_discriminator(config, model), eq_gradients(config, model)
     optimizer, schedule = make_optimizer(config.optimizer, config.training.steps)
     sampling = dict(config.equivariance)
@@ -88,7 +89,7 @@ def autoencoder_task(config, model, params, mesh, lpips=None, critic=None) -> Ta
         return TrainState.create(params, opt_state, ema, buffers)
 
     init = jax.tree_util.Partial(init, params, critic)
-    shardings = state_shardings(mesh, jax.eval_shape(init, root), config.mesh.min_shard_size)
+    shardings = state_shardings(mesh, state_shapes(init, root), config.mesh.min_shard_size)
 
     @partial(jax.jit, donate_argnums=0)
     def add(total, new):
@@ -113,16 +114,43 @@ def autoencoder_task(config, model, params, mesh, lpips=None, critic=None) -> Ta
         metrics |= {f"gradient_norm_{role}": norm for role, norm in norms.items()}
         return guarded(finite, new, state), metrics | {"learning_rate": schedule(state.step - state.skipped)}
 
-    def train_step(state, batch, step):
+    def train_step(state, batch, step, run=call, tau=None):
         total, buffers = None, state.buffers
         batch = {name: batch[name] for name in ("image", "index")}
         for micro in range(accumulate):
-            examples = batch if accumulate == 1 else take(batch, micro)
+            examples = batch if accumulate == 1 else run(take, batch, micro)
             number = step * accumulate + micro
-            tau, key = draw_tau(number), jax.random.fold_in(root, number)
-            grads, metrics, buffers = gradients(state.params, buffers, lpips, examples, tau, key, state.step)
-            total = (grads, metrics) if total is None else add(total, (grads, metrics))
-        return update(state, *total, buffers)
+            drawn, key = tau or draw_tau(number), jax.random.fold_in(root, number)
+            grads, metrics, buffers = gradients(state.params, buffers, lpips, examples, drawn, key, state.step, run)
+            total = (grads, metrics) if total is None else run(add, total, (grads, metrics))
+        return run(update, state, *total, buffers)
+
+    def shape_of(tau):
+        return tau[:3] if tau.height == tau.width else tau  # turning changes the shape of what is not square
+
+    def variants(draws=4096):
+        """A step of each shape of tau, of which all micro-batches have it; how often, by the first draws of a run."""
+        first, counts = {}, Counter()
+        for tau in map(draw_tau, range(draws)):
+            counts[shape_of(tau)] += 1
+            first.setdefault(shape_of(tau), tau)
+        for shape, tau in first.items():
+            height, width = tau.image_size(model.downsampling) or (config.data.image_size,) * 2
+            name = "full size" if tau.height is None else f"{tau.where} {height} x {width}"
+            name += "" if len(shape) == 3 else f", {tau.turns} turns"
+            yield Variant(name, tau.where, counts[shape] / draws, height * width, partial(train_step, tau=tau))
+
+    def model_flops():
+        """FLOPs of an image in training, the networks of the loss included, averaged over tau."""
+        side, every = config.data.image_size, list(variants())
+        batch = {"image": jax.ShapeDtypeStruct((accumulate, side, side, 3), jnp.uint8),
+                 "index": jax.ShapeDtypeStruct((accumulate,), jnp.int32)}
+        state, costs = state_shapes(init, root), {}
+        for variant in spread(every, 3):
+            counted = FlopCount()
+            variant.train_step(state, batch, 0, counted)
+            costs[variant.name] = [counted.total / accumulate]
+        return float(expected(every, costs)[0])
 
     def warm_up(state, batch):
         """Compiles ahead: yields (name, thunk) for the programs of each new tau shape, in the order steps need them."""
@@ -132,9 +160,8 @@ def autoencoder_task(config, model, params, mesh, lpips=None, critic=None) -> Ta
         seen = set()
         for number in range(config.training.steps * accumulate):
             tau = draw_tau(number)
-            shape = tau[:3] if tau.height == tau.width else tau  # turning changes the shape of what is not square
-            if shape not in seen:
-                seen.add(shape)
+            if shape_of(tau) not in seen:
+                seen.add(shape_of(tau))
                 yield f"tau {tau.where} {tau.height} x {tau.width}", partial(
                     gradients, state.params, state.buffers, lpips, batch, tau, root, state.step, run=compile_only)
 
@@ -170,4 +197,4 @@ def autoencoder_task(config, model, params, mesh, lpips=None, critic=None) -> Ta
     def preview(state, batch):
         return show(weights(state), batch["image"][:8])
 
-    return Task(init, train_step, eval_step, preview, shardings, warm_up)
+    return Task(init, train_step, eval_step, preview, shardings, warm_up, variants=variants, model_flops=model_flops)

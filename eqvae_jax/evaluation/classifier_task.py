@@ -9,8 +9,9 @@ import optax
 from eqvae_jax.features.classifier import Classifier
 from eqvae_jax.training.loop import Task
 from eqvae_jax.training.optimizer import ema_update, guarded, make_optimizer
+from eqvae_jax.training.programs import call
 from eqvae_jax.training.sharding import state_shardings
-from eqvae_jax.training.state import TrainState
+from eqvae_jax.training.state import TrainState, state_shapes
 
 
 def to_float(image):
@@ -45,10 +46,10 @@ def classifier_task(config, mesh) -> Task:
         ema = jax.tree.map(jnp.array, params) if config.ema_decay else None
         return TrainState.create(params, {"classifier": optimizer.init(params["classifier"])}, ema, {})
 
-    shardings = state_shardings(mesh, jax.eval_shape(init, jax.random.key(0)), config.mesh.min_shard_size)
+    shardings = state_shardings(mesh, state_shapes(init, jax.random.key(0)), config.mesh.min_shard_size)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-    def train_step(state, batch, step):
+    def update(state, batch, step):
         def loss(params):
             logits = model.apply({"params": params}, to_float(batch["image"])).logits
             target = optax.smooth_labels(jax.nn.one_hot(batch["label"], model.classes), smoothing)
@@ -74,5 +75,8 @@ def classifier_task(config, mesh) -> Task:
 
     def preview(state, batch):
         return {"image": to_float(batch["image"][:8])}
+
+    def train_step(state, batch, step, run=call):
+        return run(update, state, batch, step)
 
     return Task(init, train_step, eval_step, preview, shardings)

@@ -27,7 +27,7 @@ from eqvae_jax.evaluation.samples import checked_images
 from eqvae_jax.features.classifier import Classifier
 from eqvae_jax.features.inception import PROTOCOLS, inception_features
 from eqvae_jax.training.metrics import fetch
-from eqvae_jax.training.sharding import devices_for, spread
+from eqvae_jax.training.sharding import devices_for, scatter
 from eqvae_jax.weights.autoencoders import parameter_hash
 from eqvae_jax.weights.errors import WeightsError
 from eqvae_jax.weights.tables import check_parameters
@@ -109,7 +109,7 @@ def _spread(compute, params):
             placed[len(devices)] = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         with jax.default_matmul_precision("highest"):  # the accelerators' default is TF32 or bf16
             rows = NamedSharding(mesh, PartitionSpec("data"))
-            images = jax.device_put(images, rows) if isinstance(images, jax.Array) else spread(images, rows)
+            images = jax.device_put(images, rows) if isinstance(images, jax.Array) else scatter(images, rows)
             return compute(placed[len(devices)], images)
 
     return extract

@@ -25,7 +25,7 @@ from eqvae_jax.evaluation.rfid import Pairs
 from eqvae_jax.evaluation.transforms import family_means
 from eqvae_jax.features.lpips import lpips as lpips_distance
 from eqvae_jax.training.metrics import to_host
-from eqvae_jax.training.sharding import devices_for, spread
+from eqvae_jax.training.sharding import devices_for, scatter
 
 
 @functools.cache
@@ -258,6 +258,6 @@ def placed_batches(batches, params, progress, name):
         if placed is None:
             placed = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         number = np.arange(step * rows, (step + 1) * rows, dtype=np.int32)
-        image, number = (spread(array, NamedSharding(mesh, PartitionSpec("data")))
+        image, number = (scatter(array, NamedSharding(mesh, PartitionSpec("data")))
                          for array in (batch["image"], number))
         yield to_float(image), number, batch.get("mask"), placed

@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from eqvae_jax.generators import dit, maskgit, repa
+
 # How a model is computed, not which one it is.
 HOW = ("dtype", "remat", "scan", "attention", "parent", "name")
 
@@ -53,6 +55,16 @@ def example_inputs(model):
     if sees_tokens(model):
         return jnp.zeros(shape, jnp.int32), labels
     return jnp.zeros(shape), jnp.zeros(1), labels
+
+
+def training_flops(model):
+    """FLOPs of one image in training: three forward passes, at two FLOPs a multiply-accumulate.
+
+    Without what remat recomputes, and of REPA without the frozen encoder.
+    """
+    macs = (maskgit if sees_tokens(model) else dit).forward_macs(model)
+    macs += repa.projector_macs(model) if isinstance(model, repa.REPA) else 0
+    return 6 * macs
 
 
 def predict(model, params, x_t, t, labels, dropout=None):

@@ -59,6 +59,12 @@ class REPA(DiT):
         return AlignedOutput(prediction, hidden, projected.astype(jnp.float32))
 
 
+def projector_macs(model):
+    """Multiply-accumulates of an image in the projector, which `dit.forward_macs` leaves out."""
+    tokens, hidden = (model.input_size // model.patch_size) ** 2, model.projector_size
+    return tokens * hidden * (model.width + hidden + model.feature_size)
+
+
 def alignment_loss(projected, features):
     """Minus the cosine between what tokens say and what the encoder sees, averaged over tokens: (B,) from (B,N,Z) each.
 

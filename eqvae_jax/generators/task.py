@@ -5,16 +5,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from eqvae_jax.generators.dit import drop_labels
 from eqvae_jax.generators.draws import example_keys, normal
-from eqvae_jax.generators.networks import example_inputs, latent_shape, predict
+from eqvae_jax.generators.networks import example_inputs, latent_shape, predict, training_flops
 from eqvae_jax.generators.repa import alignment_loss
 from eqvae_jax.training.loop import Task
 from eqvae_jax.training.optimizer import ema_update, guarded, make_optimizer
-from eqvae_jax.training.sharding import state_shardings
-from eqvae_jax.training.state import TrainState
+from eqvae_jax.training.programs import call
+from eqvae_jax.training.sharding import replicate, state_shardings
+from eqvae_jax.training.state import TrainState, state_shapes
 
 ROLE = "generator"  # in the state's dicts
 
@@ -60,9 +60,9 @@ def generator_task(config, model, process, space, mesh, *, alignment=None, previ
       preview: (params, batch) -> {name: images}, and measures: name -> (params) -> float, of the averaged weights.
       init_params: weights to start from; None draws them.
     """
-    if alignment:  # committed to the devices once: as host arrays its weights would travel at every step
-        frozen = jax.device_put(alignment.params, NamedSharding(mesh, PartitionSpec()))
-        alignment = alignment._replace(params=frozen, encode=jax.tree_util.Partial(alignment.encode))
+    if alignment:
+        alignment = alignment._replace(params=replicate(mesh, alignment.params),
+                                       encode=jax.tree_util.Partial(alignment.encode))
     optimizer, schedule = make_optimizer(config.optimizer, config.training.steps)
     root, accumulate = jax.random.key(config.seed), config.training.accumulate
 
@@ -74,7 +74,7 @@ def generator_task(config, model, process, space, mesh, *, alignment=None, previ
         return TrainState.create(params, {ROLE: optimizer.init(params[ROLE])}, ema)
 
     init = jax.tree_util.Partial(init, init_params)
-    shardings = state_shardings(mesh, jax.eval_shape(init, root), config.mesh.min_shard_size)
+    shardings = state_shardings(mesh, state_shapes(init, root), config.mesh.min_shard_size)
 
     def latents(batch, key):
         if "tokens" in batch:
@@ -140,7 +140,8 @@ def generator_task(config, model, process, space, mesh, *, alignment=None, previ
 
     show = preview or (lambda params, batch: {})
     of_weights = lambda measure: lambda state: measure(weights(state))
-    return Task(init, lambda state, batch, step: update(state, alignment, batch, step),
+    return Task(init, lambda state, batch, step, run=call: run(update, state, alignment, batch, step),
                 lambda state, batch: evaluate(weights(state), alignment, batch),
                 lambda state, batch: show(weights(state), batch), shardings,
-                measures={name: of_weights(measure) for name, measure in (measures or {}).items()})
+                measures={name: of_weights(measure) for name, measure in (measures or {}).items()},
+                model_flops=lambda: training_flops(model))

@@ -40,11 +40,17 @@ def open_encoder(reference, grid, image_shape, dtype="float32"):
 
 def dinov2(path, grid, dtype):
     """As REPA prepares it: its places are patches of 14 pixels, so images are resized to 14 for each token."""
-    from eqvae_jax.features.dinov2 import HEAD, repa_features
-    from eqvae_jax.generators.dit import attention_kernel
     from eqvae_jax.weights.dinov2 import load_dinov2
 
     model, params, _ = load_dinov2(path)
+    return dinov2_encoder(model, params, grid, dtype)
+
+
+def dinov2_encoder(model, params, grid, dtype):
+    """Of a model and its parameters, or their shapes."""
+    from eqvae_jax.features.dinov2 import HEAD, repa_features
+    from eqvae_jax.generators.dit import attention_kernel
+
     model = model.clone(dtype=dtype, attention=attention_kernel(dtype, HEAD))
     features = lambda params, images: repa_features(model, params, images, side=14 * grid)
     return Encoder(params, features, model.width)

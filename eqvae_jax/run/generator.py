@@ -1,5 +1,7 @@
 """Wires the training of a generator on cached latents: configs/dit.py, sit.py, repa.py and maskgit.py."""
 
+from typing import Any, NamedTuple
+
 from absl import logging
 
 # JAX and all that imports it is imported where it is first needed: a config that cannot work is refused in a second.
@@ -48,7 +50,6 @@ def train(config, workdir):
     from eqvae_jax.data.latent_batches import evaluation_batches, train_batches
     from eqvae_jax.data.latents import open_latents
     from eqvae_jax.generators import networks
-    from eqvae_jax.generators.process import Sampling, check_sampling, make_process
     from eqvae_jax.generators.task import check, generator_task
     from eqvae_jax.training import loop
     from eqvae_jax.training.sharding import make_mesh
@@ -58,15 +59,7 @@ def train(config, workdir):
     held_out = open_latents(data.evaluation) if data.evaluation else latents
     check_held_out(latents, held_out, images=bool(config.alignment))
     check_kind(latents, config.process.kind)
-    if latents.is_tokens:
-        space, codes = latents.space, {"codes": latents.manifest["autoencoder"]["codes"]}
-    else:
-        space, codes = chosen_space(latents, data.scale), {}
-    process, sampling = make_process(**config.process, **codes), Sampling(**config.sampling)
-    check_sampling(process, sampling)
-    model, alignment = build(config.model, latents, process), None
-    if config.alignment:
-        model, alignment = aligned(model, config.alignment, latents)
+    model, process, sampling, space, alignment = network(config, latents)
     check(config, model, process, latents.shape, latents.manifest["classes"], mesh)
     with config.unlocked():  # what weights.load_generator("workdir:...") rebuilds the model from
         kind = "repa" if alignment else KINDS[process.kind]
@@ -140,13 +133,43 @@ def initial(config, model, workdir):
     return params
 
 
-def aligned(model, section, latents):
+class Wired(NamedTuple):
+    """What a config's sections make for some latents. alignment: a repa.Alignment, or None."""
+
+    model: Any
+    process: Any
+    sampling: Any
+    space: Any
+    alignment: Any
+
+
+def network(config, latents, open_encoder=None) -> Wired:
+    """The network and what surrounds it, of a config and latents; open_encoder: in place of run.alignment's.
+
+    Raises ValueError, naming the config's field, for what cannot be.
+    """
+    from eqvae_jax.generators.process import Sampling, check_sampling, make_process
+
+    if latents.is_tokens:
+        space, codes = latents.space, {"codes": latents.manifest["autoencoder"]["codes"]}
+    else:
+        space, codes = chosen_space(latents, config.data.scale), {}
+    process, sampling = make_process(**config.process, **codes), Sampling(**config.sampling)
+    check_sampling(process, sampling)
+    model, alignment = build(config.model, latents, process), None
+    if config.alignment:
+        model, alignment = aligned(model, config.alignment, latents, open_encoder)
+    return Wired(model, process, sampling, space, alignment)
+
+
+def aligned(model, section, latents, open_encoder=None):
     """(repa.REPA like the model, repa.Alignment) of config.alignment."""
     from eqvae_jax.generators.networks import as_kind
     from eqvae_jax.generators.repa import REPA, Alignment
-    from eqvae_jax.run.alignment import open_encoder
+    from eqvae_jax.run import alignment
 
-    encoder = open_encoder(section.encoder, model.input_size // model.patch_size, latents.image_shape, model.dtype)
+    grid, opened = model.input_size // model.patch_size, open_encoder or alignment.open_encoder
+    encoder = opened(section.encoder, grid, latents.image_shape, model.dtype)
     model = as_kind(model, REPA, reversed_time=False, alignment_depth=section.depth, feature_size=encoder.feature_size,
                     projector_size=section.projector_size)
     return model, Alignment(encoder.params, encoder.features, section.weight)

@@ -9,7 +9,7 @@ from eqvae_jax.generators.draws import example_keys
 from eqvae_jax.generators.networks import sees_tokens
 from eqvae_jax.generators.process import make_images
 from eqvae_jax.training.metrics import to_host
-from eqvae_jax.training.sharding import AXES, spread
+from eqvae_jax.training.sharding import AXES, scatter
 
 
 class NotFinite(ValueError):
@@ -94,7 +94,7 @@ class Sampler:
     def _spread(self, values):
         """A batch over the devices, which on a pod are not in the order of their hosts: each takes its rows of it."""
         padded = np.pad(values, (0, self.batch - len(values)))  # so that one program is compiled
-        return spread(padded, NamedSharding(self.mesh, PartitionSpec(AXES)))
+        return scatter(padded, NamedSharding(self.mesh, PartitionSpec(AXES)))
 
     def check(self, params):
         """Traces all that a set needs, so that what does not fit raises ValueError now; params may be shapes."""

@@ -23,7 +23,7 @@ class Task(NamedTuple):
 
     # rng -> TrainState, traced by jit; large arrays enter through jax.tree_util.Partial(init, arrays)
     init: Callable
-    # (state, batch, step) -> (state, {name: scalar}); donates state, advances state.step by one
+    # (state, batch, step, run=programs.call) -> (state, {name: scalar}); donates state, advances state.step by one
     train_step: Callable
     # (state, batch) -> {name: (B,) per-example values}; traceable
     eval_step: Callable
@@ -35,6 +35,10 @@ class Task(NamedTuple):
     warm_up: Callable | None = None
     # {name: state -> float}: what is measured of a state as a whole and not of one example, at every evaluation
     measures: dict | None = None
+    # () -> programs.Variant of each kind of step, where steps differ in shape: what plans are made of
+    variants: Callable | None = None
+    # () -> FLOPs of one example in training, without what is recomputed to save memory: what MFU is made of
+    model_flops: Callable | None = None
 
 
 class Data(NamedTuple):

@@ -48,9 +48,19 @@ def state_shardings(mesh, shapes, min_size):
                             for field in ("params", "opt_state", "ema")})
 
 
-def spread(array, sharding):
+def scatter(array, sharding):
     """The global array of a numpy array that every process holds whole: each gives its own devices their part."""
     return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+
+
+def replicate(mesh, arrays):
+    """The arrays on every device, once: as host arrays they would travel at every step.
+
+    ShapeDtypeStructs, with which a step is planned on devices that may not be there, are returned as they are.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    put = lambda array: array if isinstance(array, jax.ShapeDtypeStruct) else jax.device_put(array, everywhere)
+    return jax.tree.map(put, arrays)
 
 
 def put(mesh, batch):

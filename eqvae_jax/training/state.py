@@ -28,3 +28,9 @@ class TrainState(flax.struct.PyTreeNode):
         step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
         return cls(step=step, params=params, opt_state=opt_state, ema=ema, buffers=buffers or {},
                    skipped=skipped, skipped_in_a_row=in_a_row)
+
+
+def state_shapes(init, key):
+    """The TrainState that init(key) returns, as ShapeDtypeStructs; a Partial `init` may itself be bound to shapes."""
+    init = init if isinstance(init, jax.tree_util.Partial) else jax.tree_util.Partial(init)
+    return jax.eval_shape(lambda init, key: init(key), init, key)
