@@ -91,7 +91,8 @@ def paper():
         warm_up=True,  # compile all sizes of tau in the background from the first step on
     )
     config.checkpoint = dict(every=1000, keep=3, keep_best=1, best_metric="psnr", best_mode="max")
-    config.mesh = dict(data=-1, fsdp=1, min_shard_size=2**18)
+    # fsdp=N splits parameters and optimizer over N devices, by size or as rules say: training/sharding.py.
+    config.mesh = dict(data=-1, fsdp=1, min_shard_size=2**18, rules=())
     # Runs made of several trainings list them here by name; each overrides what it names.
     config.stages = dict()
     return config

@@ -36,7 +36,7 @@ def fashion():
     config.ema_decay = 0.0
     config.training = dict(steps=2000, log_every=100, eval_every=1000, preview_every=0, max_skipped=20, warm_up=False)
     config.checkpoint = dict(every=1000, keep=1, keep_best=0, best_metric="", best_mode="max")
-    config.mesh = dict(data=-1, fsdp=1, min_shard_size=2**18)
+    config.mesh = dict(data=-1, fsdp=1, min_shard_size=2**18, rules=())
     config.stages = dict()
     return config
 

@@ -22,7 +22,7 @@ ALLOWED = {
     "features": set(),
     "data": set(),
     "generators": {"training"},
-    "training": set(),
+    "training": {"hardware"},
     "autoencoders": {"equivariance", "features", "training"},
     "weights": {"features", "autoencoders", "generators", "training"},
     "evaluation": {"equivariance", "features", "autoencoders", "generators", "weights", "data",

@@ -89,7 +89,7 @@ def autoencoder_task(config, model, params, mesh, lpips=None, critic=None) -> Ta
         return TrainState.create(params, opt_state, ema, buffers)
 
     init = jax.tree_util.Partial(init, params, critic)
-    shardings = state_shardings(mesh, state_shapes(init, root), config.mesh.min_shard_size)
+    shardings = state_shardings(mesh, state_shapes(init, root), config.mesh)
 
     @partial(jax.jit, donate_argnums=0)
     def add(total, new):

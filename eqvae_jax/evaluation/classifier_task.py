@@ -46,7 +46,7 @@ def classifier_task(config, mesh) -> Task:
         ema = jax.tree.map(jnp.array, params) if config.ema_decay else None
         return TrainState.create(params, {"classifier": optimizer.init(params["classifier"])}, ema, {})
 
-    shardings = state_shardings(mesh, state_shapes(init, jax.random.key(0)), config.mesh.min_shard_size)
+    shardings = state_shardings(mesh, state_shapes(init, jax.random.key(0)), config.mesh)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def update(state, batch, step):

@@ -74,7 +74,7 @@ def generator_task(config, model, process, space, mesh, *, alignment=None, previ
         return TrainState.create(params, {ROLE: optimizer.init(params[ROLE])}, ema)
 
     init = jax.tree_util.Partial(init, init_params)
-    shardings = state_shardings(mesh, state_shapes(init, root), config.mesh.min_shard_size)
+    shardings = state_shardings(mesh, state_shapes(init, root), config.mesh)
 
     def latents(batch, key):
         if "tokens" in batch:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from eqvae_jax import distributed
+from eqvae_jax import distributed, hardware
 from eqvae_jax.training.checkpoint import Checkpoints, saved_steps
 from eqvae_jax.training.compilation import CompileLedger, WarmUp
 from eqvae_jax.training.logging import Progress, Writer
@@ -98,7 +98,7 @@ def train(task, data, config, workdir, mesh):
         else:
             progress.say(f"going on from step {start} of {workdir}")
             observe(state, start)  # where it was saved and then stopped
-        batches, interval = data.train(start), Interval(ledger)
+        batches, interval = data.train(start), Interval(ledger, _utilisation(task, mesh, progress.say))
         for step in range(start, settings.steps):
             with interval.spending("input"):
                 batch = put(mesh, _next(batches, step))
@@ -138,6 +138,17 @@ def train(task, data, config, workdir, mesh):
         checkpoints.wait()
         progress.say(_farewell(stop, checkpoints, settings.steps) + f"; {ledger}")
     return state
+
+
+def _utilisation(task, mesh, say):
+    """What one example a second is of the devices' peak, for MFU; None where that or the model's FLOPs are unknown."""
+    peak = hardware.peak_flops(mesh.devices.flat[0])
+    if not peak or not task.model_flops:
+        return None
+    flops = task.model_flops()
+    say(f"mfu is of {flops / 1e9:,.0f} GFLOP an example, the model's own without recomputation, and of {mesh.size} x "
+        f"{peak / 1e12:,.0f} TFLOP/s in bfloat16")
+    return flops / (peak * mesh.size)
 
 
 def _facts(workdir, data):

@@ -18,9 +18,9 @@ class Interval:
     once.
     """
 
-    def __init__(self, ledger):
-        """ledger: a CompileLedger, for the seconds spent compiling."""
-        self._ledger = ledger
+    def __init__(self, ledger, utilisation=None):
+        """ledger: a CompileLedger, for the seconds spent compiling. utilisation: of one example a second, for MFU."""
+        self._ledger, self._utilisation = ledger, utilisation
         self._restart()
 
     def _restart(self):
@@ -48,7 +48,7 @@ class Interval:
 
         compile_, checkpoint_ and evaluation_seconds; input_wait, the share of training time in which the device may
         have stood still because no batch was there; goodput, the share of all time that was neither of these waits
-        (compiling counts in, as programs are also compiled beside training).
+        (compiling counts in, as programs are also compiled beside training); and mfu, where the peak is known.
         The mean is over the steps that reported the name with a finite number (a skipped update may have
         none, and should not hide the others); NaN where there is no such step.
         """
@@ -64,6 +64,8 @@ class Interval:
                   "compile_seconds": self._ledger.seconds - self._compiled,
                   "checkpoint_seconds": spent["checkpoint"], "evaluation_seconds": spent["evaluation"],
                   "input_wait": spent["input"] / seconds, "goodput": (seconds - spent["input"]) / whole}
+        if self._utilisation:
+            means["mfu"] = means["images_per_second"] * self._utilisation
         self._restart()
         return means
 

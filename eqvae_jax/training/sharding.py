@@ -1,14 +1,19 @@
 """The mesh, where each part of the state lives on it, and how a host batch gets there."""
 
+import re
+
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp")
 
 
 def make_mesh(config, devices=None):
     """Returns a Mesh with axes ("data", "fsdp") over `devices` (default: all of them, on all hosts).
+
+    Of several TPU slices "data" spans the slices, and "fsdp" stays within one.
 
     config: `data` (-1 = whatever is left) and `fsdp` (over how many devices large arrays are split).
     Raises ValueError unless data x fsdp uses every device.
@@ -21,31 +26,74 @@ def make_mesh(config, devices=None):
     if data * config.fsdp != len(devices):
         raise ValueError(f"config.mesh asks for data {data} x fsdp {config.fsdp} = {data * config.fsdp} "
                          f"devices, but there are {len(devices)}; data=-1 uses them all")
-    # Since jax 0.9 the default axis type is Explicit, under which plain reshapes raise ShardingTypeError.
-    return jax.make_mesh((data, config.fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        # Since jax 0.9 the default axis type is Explicit, under which plain reshapes raise ShardingTypeError.
+        return jax.make_mesh((data, config.fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    if data % slices:
+        raise ValueError(f"config.mesh.fsdp is {config.fsdp}, and {slices} slices have {len(devices) // slices} "
+                         "devices each: what is split over fsdp must stay within a slice, whose links are fast")
+    # Hybrid: copies on each slice, whose gradients alone travel between them.
+    grid = mesh_utils.create_hybrid_device_mesh((data // slices, config.fsdp), (slices, 1), devices=devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2)
 
 
-def state_shardings(mesh, shapes, min_size):
+def state_shardings(mesh, shapes, config):
     """Returns a TrainState of NamedSharding: large arrays split over "fsdp", the rest on every device.
 
-    shapes: TrainState of arrays or ShapeDtypeStruct. An array of `params`, `opt_state` or `ema` with at least
-    `min_size` elements is split along its largest dimension that the fsdp axis divides (the last of equals:
-    the output channels of a convolution kernel); where none does, and for every other field, it is
-    replicated.
+    Args:
+      shapes: TrainState of arrays or ShapeDtypeStruct.
+      config: `rules`, pairs of a regular expression and a tuple of "data", "fsdp" or None for each dimension, () for
+        on every device: the first whose expression is found in a path such as "generator/block_0/attn/qkv/kernel"
+        decides on an array of `params`, and on its copies in `opt_state` and `ema`. `min_shard_size`: without a rule,
+        an array of at least so many elements is split along its largest dimension that the fsdp axis divides (the last
+        of equals: the output channels of a convolution kernel); where none does, and for every other field, it is
+        replicated.
+    Raises:
+      ValueError: a rule fits no parameter, or its tuple not the array: it names both.
     """
-    fsdp = mesh.shape["fsdp"]
+    fsdp, used = mesh.shape["fsdp"], set()
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def split(array):
+    def by_size(array):
         dimensions = [d for d, size in enumerate(array.shape) if size % fsdp == 0]
-        if fsdp == 1 or array.size < min_size or not dimensions:
+        if fsdp == 1 or array.size < config.min_shard_size or not dimensions:
             return replicated
         largest = max(dimensions, key=lambda d: (array.shape[d], d))
         return NamedSharding(mesh, PartitionSpec(*(None,) * largest, "fsdp"))
 
+    def split(path, array):
+        # Without the optimizer's own fields, so that Adam's moments are called as their parameter.
+        name = "/".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
+        for number, (pattern, axes) in enumerate(config.rules):
+            if array.ndim and re.search(pattern, name):  # not the count of steps beside them
+                used.add(number)
+                return NamedSharding(mesh, _spec(mesh, pattern, axes, name, array))
+        return by_size(array)
+
     whole = jax.tree.map(lambda _: replicated, shapes)
-    return whole.replace(**{field: jax.tree.map(split, getattr(shapes, field))
-                            for field in ("params", "opt_state", "ema")})
+    found = whole.replace(**{field: jax.tree.map_with_path(split, getattr(shapes, field))
+                             for field in ("params", "opt_state", "ema")})
+    if idle := [pattern for number, (pattern, _) in enumerate(config.rules) if number not in used]:
+        raise ValueError(f"config.mesh.rules: {', '.join(map(repr, idle))} fits no parameter, or none that an earlier "
+                         "rule leaves over")
+    return found
+
+
+def _spec(mesh, pattern, axes, name, array):
+    axes = tuple(axes)
+    if unknown := set(axes) - {None, *AXES}:
+        raise ValueError(f"config.mesh.rules: {pattern!r} names {unknown.pop()!r}; the axes are "
+                         f"{', '.join(AXES)}, and None")
+    named = [axis for axis in axes if axis]
+    if twice := {axis for axis in named if named.count(axis) > 1}:
+        raise ValueError(f"config.mesh.rules: {pattern!r} names {twice.pop()!r} twice")
+    fits = len(axes) <= array.ndim and all(
+        axis is None or size % mesh.shape[axis] == 0 for axis, size in zip(axes, array.shape, strict=False))
+    if not fits:
+        raise ValueError(f"config.mesh.rules: {pattern!r} gives {axes} to {name}, which has the shape {array.shape}; "
+                         f"the mesh is {dict(mesh.shape)}")
+    return PartitionSpec(*axes)
 
 
 def scatter(array, sharding):

@@ -18,7 +18,8 @@ MODEL = AutoencoderKL(channels=4, multipliers=(1, 2), blocks_per_level=1, groups
 
 def small_config(**changes):
     config = ConfigDict(dict(
-        seed=3, ema_decay=0.0, training=dict(accumulate=1, steps=8), mesh=dict(data=-1, fsdp=1, min_shard_size=8),
+        seed=3, ema_decay=0.0, training=dict(accumulate=1, steps=8),
+        mesh=dict(data=-1, fsdp=1, min_shard_size=8, rules=()),
         optimizer=dict(learning_rate=1e-3, schedule="constant", warmup_steps=0, b1=0.5, b2=0.9, eps=1e-8,
                        weight_decay=0.0, clip_norm=0.0),
         loss=dict(perceptual_weight=0.0, kl_weight=1e-3, disc_weight=0.0, disc_factor=1.0, disc_start=0, disc_width=4,

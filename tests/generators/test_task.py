@@ -25,7 +25,7 @@ def config_of(**changes):
         seed=0, label_dropout=0.25, ema_decay=0.9,
         optimizer=dict(learning_rate=1e-2, schedule="constant", warmup_steps=0, b1=0.9, b2=0.999, eps=1e-8,
                        weight_decay=0.0, clip_norm=0.0),
-        training=dict(steps=10, accumulate=1), mesh=dict(data=-1, fsdp=1, min_shard_size=2**18),
+        training=dict(steps=10, accumulate=1), mesh=dict(data=-1, fsdp=1, min_shard_size=2**18, rules=()),
         data=dict(batch_size=8, evaluation_batch_size=8)))
     config.update_from_flattened_dict(changes)
     return config

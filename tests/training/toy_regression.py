@@ -35,7 +35,7 @@ def get_config(**changes):
         "checkpoint": {"every": 2, "keep": 2, "keep_best": 0, "best_metric": "", "best_mode": "min"},
         "optimizer": {"learning_rate": 0.05, "schedule": "cosine", "warmup_steps": 2, "b1": 0.9, "b2": 0.99,
                       "eps": 1e-8, "weight_decay": 0.01, "clip_norm": 1.0},
-        "mesh": {"data": -1, "fsdp": 1, "min_shard_size": 16},
+        "mesh": {"data": -1, "fsdp": 1, "min_shard_size": 16, "rules": ()},
     })
     config.update_from_flattened_dict(changes)
     return config
@@ -76,7 +76,7 @@ def make_task(config, mesh):
         return TrainState.create(params=params, opt_state=opt_state, ema=params)
 
     shapes = jax.eval_shape(init, jax.random.key(0))
-    shardings = sharding.state_shardings(mesh, shapes, config.mesh.min_shard_size)
+    shardings = sharding.state_shardings(mesh, shapes, config.mesh)
 
     def predict(params, x):
         return x @ params["w"] + params["b"]
