@@ -4,9 +4,9 @@
 #   launch/slurm.sh --gpus-per-node=8 [--nodes=4] [options] -- python -m eqvae_jax.main --config=... --workdir=DIR
 #
 #   --nodes=1  --gpus-per-node=G    G may be 0; the job uses your allocation's hours
-#   --cpus-per-gpu=8                cores of each GPU; Slurm would give a task one. Without GPUs: cores of each node
+#   --cpus-per-gpu=8                cores for each GPU (without GPUs: for each node); Slurm would give one
 #   --partition=P  --account=A  --time=24:00:00  --name=eqvae
-#   --per-gpu                       one process a GPU; otherwise one a node, which drives all its GPUs and reads data once
+#   --per-gpu                       one process a GPU; without, one a node, which drives all its GPUs
 #   --warn=300                      seconds before the time limit at which the run is told to save; then the job requeues
 #   --requeues=50  --restarts=3     at most so many; restarts are those within one allocation, after a failure
 #   --container=IMAGE  --mounts=A:B pyxis' --container-image and --container-mounts. For Apptainer the command itself is
