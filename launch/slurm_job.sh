@@ -54,8 +54,9 @@ trap 'time_is_up=yes; stop' USR1
 trap 'cancelled=yes; stop' TERM
 
 attempt() {  # one srun; sets code to its own, or to that of a task that failed for good
-  # srun ends with the highest code of all tasks, and 75 is higher than 1: its messages have each.
-  "${step[@]}" 2> >(tee "$errors" >&2) &
+  # srun ends with the highest code of all tasks, and 75 is higher than 1: its messages have each. They are whole when
+  # the pipe is done. Signals are this script's to understand: srun would end its tasks on them, and tee their log.
+  { trap '' TERM USR1; "${step[@]}" 2>&1 >&3 | tee "$errors" >&2; } 3>&1 &
   pid=$!
   if [ -n "$time_is_up$cancelled" ]; then stop; fi  # the signal came before there was anything to tell
   while wait "$pid" && code=0 || code=$?; kill -0 "$pid" 2>/dev/null; do :; done  # a signal ends a wait early
