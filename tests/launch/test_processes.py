@@ -110,7 +110,7 @@ def test_restarts_end_and_pauses_grow(tmp_path):
     assert status == 75 and turns(tmp_path, "-") == 3 and "2 restarts did not help" in errors
     assert "in 0.2 s" in errors and "in 0.4 s" in errors and time.monotonic() - begun > 0.6
     # after steady work they are counted anew
-    command = toy(tmp_path, "sys.exit(75 if turn < 7 else 0)")
+    command = toy(tmp_path, "sys.exit(75 if turn < 5 else 0)")
     assert run(*PROCESSES, "1", "--restarts=1", "--pause=0", "--steady=0", "--", *command)[0] == 0
 
 
