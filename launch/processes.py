@@ -218,8 +218,14 @@ def pause(seconds, received):
     """
     signalled = signal.sigtimedwait(SIGNALS, seconds)
     if signalled:
-        by_systemd = signalled.si_pid == 1 and os.path.realpath("/proc/1/exe").endswith("systemd")
+        by_systemd = signalled.si_pid == 1 and first_process() == "systemd"
         received.append(-signalled.si_signo if by_systemd else signalled.si_signo)
+
+
+def first_process():
+    """What runs as process 1: systemd, or in a container an init, which signals nobody but the launcher."""
+    with open("/proc/1/comm") as file:
+        return file.read().strip()
 
 
 def run(options, command):

@@ -8,7 +8,8 @@
 #   launch/tpu.sh stop   NAME --zone=ZONE                         the command saves and ends; the TPU stays
 #   launch/tpu.sh delete NAME --zone=ZONE [--yes]
 #   launch/tpu.sh watch  NAME --zone=ZONE --type=TYPE [--spot] [--bucket=BUCKET --mount=/DIR] [--then-delete] -- COMMAND
-#                        create and run, and both again whenever the TPU is taken away, until the command ended with 0
+#                        create and run, and both again whenever the TPU is taken away, until the command ended with 0;
+#                        Ctrl-C ends the watching alone
 #
 # An ACTIVE TPU costs money until it is deleted, whether something runs on it or not.
 #

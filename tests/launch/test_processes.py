@@ -1,5 +1,6 @@
 """Groups of processes, as toy commands: who is told what, what is started again, and what is not."""
 
+import importlib.util
 import os
 import re
 import shlex
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 from fakes import HOSTILE, ROOT, run, toy, until
@@ -114,7 +116,7 @@ def test_restarts_end_and_pauses_grow(tmp_path):
     assert run(*PROCESSES, "1", "--restarts=1", "--pause=0", "--steady=0", "--", *command)[0] == 0
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_signals_reach_every_process_once_and_nothing_is_started_after_them(tmp_path, number, code):
     command = toy(tmp_path, f"""\
         count = []
@@ -135,6 +137,21 @@ def test_signals_reach_every_process_once_and_nothing_is_started_after_them(tmp_
     assert (tmp_path / "state").read_text() == f"stopped {code}\n" and turns(tmp_path, 0) == 1
 
 
+@pytest.mark.parametrize("sender, first, handed", [(1, "systemd", 0), (1, "tini", 1), (77, "systemd", 1)])
+def test_systemd_s_signal_is_not_handed_on_for_it_signals_all(monkeypatch, sender, first, handed):
+    spec = importlib.util.spec_from_file_location("processes", ROOT / "launch/processes.py")
+    processes = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(processes)
+    sent = iter([types.SimpleNamespace(si_signo=15, si_pid=sender), None, None])
+    monkeypatch.setattr(processes.signal, "sigtimedwait", lambda *_: next(sent))
+    monkeypatch.setattr(processes, "first_process", lambda: first)
+    heard, ends = [], iter([None, None, 0])
+    process = types.SimpleNamespace(poll=lambda: next(ends), send_signal=heard.append, returncode=0, pid=999999999)
+    received = []
+    assert processes.wait({0: process}, types.SimpleNamespace(settle=0, grace=0), received) == {0: 0}
+    assert heard == [15] * handed and [abs(number) for number in received] == [15]
+
+
 def test_a_signal_in_a_pause_ends_it(tmp_path):
     command = toy(tmp_path, "sys.exit(75)")
     launcher = subprocess.Popen([*PROCESSES, "1", "--pause=60", f"--state={tmp_path / 'state'}", "--", *command],
@@ -143,6 +160,7 @@ def test_a_signal_in_a_pause_ends_it(tmp_path):
     launcher.terminate()
     assert launcher.wait(timeout=5) == 143 and (tmp_path / "state").read_text() == "stopped 143\n"
     launcher.stderr.close()
+    assert turns(tmp_path, "-") == 1
 
 
 def test_processes_of_a_killed_launcher_are_told_to_end(tmp_path):
