@@ -219,6 +219,7 @@ def test_tpu_watch_ends_when_a_person_stopped_the_command(checkout, cloud):
     status, done, errors = cloud(checkout, ["ACTIVE"], [
         "running 7|running 8", "asked 0|running 8", "asked 0|asked 0"], "--then-delete")
     assert status == 0 and done == ["delete"] and "stopped, as asked" in errors
+    assert (cloud.path / "log").read_text().count("tpu_worker.sh\\ status") == 3  # it waited for the other host
 
 
 def test_tpu_watch_gives_up_after_so_many_restarts(checkout, cloud):
