@@ -172,7 +172,7 @@ def cloud(tmp_path):
         (path / "log").write_text("")
         status, _, errors = tpu(checkout, "watch", "a", "--zone=z", "--type=v6e-16", "--spot", "--pause=0", "--poll=0",
                                 "--bucket=b", "--mount=/m", *options, "--", "train", "--x=$y", PATH=on_path(path))
-        words = [re.search(r"queued-resources (\w+)|(scp)|tpu_worker.sh\S* (\w+)|(tar|tail) ", call)
+        words = [re.search(r"queued-resources (\w+)|tpu-vm (create|delete|describe)|(scp)|tpu_worker.sh\S* (\w+)|(tar|tail) ", call)
                  for call in (path / "log").read_text().replace("\\ ", " ").splitlines()]
         done = [next(filter(None, word.groups())) for word in words]
         return status, [word for word in done if word not in ("describe", "status")], errors
@@ -207,6 +207,15 @@ def test_tpu_watch_starts_again_what_ended_on_a_tpu_that_is_there(checkout, clou
     status, done, errors = cloud(checkout, ["ACTIVE"], [
         "UNREACHABLE", "ended 75|ended 137", "ended 75|ended 137", "UNREACHABLE", "ended 0|ended 0"])
     assert status == 0 and done == [*DEPLOY[:3], "end", *DEPLOY, "end", *DEPLOY] and "restart 2 of 20" in errors
+
+
+def test_tpu_watch_without_the_queue(checkout, cloud):
+    status, done, errors = cloud(
+        checkout, ["ABSENT", "ABSENT", "READY", "READY", "PREEMPTED", "ABSENT", "READY"],
+        ["running 7", "ended 0"], "--direct")
+    assert status == 0 and done == ["create", *DEPLOY, "delete", "create", *DEPLOY], errors
+    delete = next(call for call in calls(cloud.path) if "delete" in call)
+    assert delete[3:] == ["tpu-vm", "delete", "a", "--zone=z", "--quiet"]
 
 
 @pytest.mark.parametrize("census, code", [("ended 1|running 8", 1), ("ended 75|ended 2", 2), ("ended 130|lost", 130)])
