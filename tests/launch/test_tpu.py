@@ -172,7 +172,8 @@ def cloud(tmp_path):
         (path / "log").write_text("")
         status, _, errors = tpu(checkout, "watch", "a", "--zone=z", "--type=v6e-16", "--spot", "--pause=0", "--poll=0",
                                 "--bucket=b", "--mount=/m", *options, "--", "train", "--x=$y", PATH=on_path(path))
-        words = [re.search(r"queued-resources (\w+)|tpu-vm (create|delete|describe)|(scp)|tpu_worker.sh\S* (\w+)|(tar|tail) ", call)
+        known = r"queued-resources (\w+)|tpu-vm (create|delete|describe)|(scp)|tpu_worker.sh\S* (\w+)|(tail) "
+        words = [re.search(known, call)
                  for call in (path / "log").read_text().replace("\\ ", " ").splitlines()]
         done = [next(filter(None, word.groups())) for word in words]
         return status, [word for word in done if word not in ("describe", "status")], errors
