@@ -51,7 +51,7 @@ def test_a_lone_process_is_told_nothing_and_one_of_several_hosts_its_number():
 def test_a_lost_host_restarts_all_that_wait_for_it(tmp_path):
     command = toy(tmp_path, """\
         if turn == 0:
-            while me == "1" and len(list(at.glob("turn-*-0"))) < 3: time.sleep(0.01)
+            while me == "1" and len(list(at.glob("turn-*-0"))) < 3: time.sleep(0.01)  # which takes as long as it takes
             time.sleep(60 if me != "1" else 0)
             sys.exit(75)
         """)
@@ -119,10 +119,10 @@ def test_restarts_end_and_pauses_grow(tmp_path):
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_signals_reach_every_process_once_and_nothing_is_started_after_them(tmp_path, number, code):
     command = toy(tmp_path, f"""\
-        count = []
+        count, begun = [], time.monotonic()
         signal.signal({int(number)}, lambda *_: count.append(1))
         (at / f"ready-{{me}}").touch()
-        while not count: time.sleep(0.01)
+        while not count and time.monotonic() < begun + 60: time.sleep(0.01)
         time.sleep(0.3)
         print("heard", len(count))
         sys.exit({code})
