@@ -9,8 +9,8 @@
 #   --per-gpu                       one process a GPU; without, one a node, which drives all its GPUs
 #   --warn=300                      seconds before the time limit at which the run is told to save; then the job requeues
 #   --requeues=50  --restarts=3     at most so many; restarts are those within one allocation, after a failure
-#   --container=IMAGE  --mounts=A:B pyxis' --container-image and --container-mounts. For Apptainer the command itself is
-#                                   apptainer exec --nv IMAGE.sif python -m ...
+#   --container=IMAGE  --mounts=A:B pyxis' --container-image and --container-mounts (of this checkout in any case). For
+#                                   Apptainer the command itself is apptainer exec --nv IMAGE.sif python -m ...
 #   --venv=DIR                      entered first (default .venv of this checkout, if there is one, and no container)
 #   --logs=runs/slurm               the job's log is there, in JOB.log
 #   --sbatch=FLAG                   any other flag of sbatch, as often as needed: --sbatch=--qos=high

@@ -41,8 +41,8 @@ export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 # The command itself is the task, nothing between: Slurm signals the task, and at some sites all its children too, and a
 # command that hears SIGTERM twice stops without saving.
 step=(srun --kill-on-bad-exit=1)
-[ -z "$container" ] || step+=(--container-image="$container" --container-workdir="$PWD")
-[ -z "$mounts" ] || step+=(--container-mounts="$mounts")
+[ -z "$container" ] || step+=(--container-image="$container" --container-workdir="$PWD"
+  --container-mounts="$PWD:$PWD${mounts:+,$mounts}")
 step+=("$@")
 errors="$logs/$SLURM_JOB_ID.errors"
 

@@ -87,7 +87,10 @@ def test_slurm_job_leaves_a_task_a_gpu_to_jax_and_enters_a_container(job, tmp_pa
     assert job(["0"], "--gpus=4", "--per-gpu", "--container=i", "--mounts=/a:/b")[0] == 0
     assert "JAX" not in (job.path / "env").read_text()
     assert (job.path / "log").read_text().startswith(
-        f"srun --kill-on-bad-exit=1 --container-image=i --container-workdir={tmp_path} --container-mounts=/a:/b train ")
+        f"srun --kill-on-bad-exit=1 --container-image=i --container-workdir={tmp_path} "
+        f"--container-mounts={tmp_path}:{tmp_path}\\,/a:/b train ")
+    assert job(["0"], "--container=i")[0] == 0
+    assert f"--container-mounts={tmp_path}:{tmp_path} train" in (job.path / "log").read_text()
 
 
 @pytest.mark.parametrize("ends, status, times", [
