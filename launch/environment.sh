@@ -6,6 +6,7 @@ if [ ! -x "$venv/bin/python" ]; then
   "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with PYTHON=...")'
   "${PYTHON:-python3}" -m venv "$venv"
 fi
+# shellcheck source=/dev/null
 source "$venv/bin/activate"
 stamp="$venv/.installed${extras}-$(cksum <setup.py | cut -d' ' -f1)"
 if [ ! -e "$stamp" ]; then

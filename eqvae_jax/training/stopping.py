@@ -1,9 +1,13 @@
 """How a run ends before its last step: asked to by a signal, or because the updates are no longer finite."""
 
+import os
 import signal
 import threading
+import time
 
 import jax
+
+TWICE = 2.0  # seconds within which two SIGTERM are one
 
 
 class Diverged(RuntimeError):
@@ -11,8 +15,9 @@ class Diverged(RuntimeError):
 
 
 class StopRequest:
-    """Inside `with`, the first SIGTERM or SIGINT asks the loop to stop; a second one ends the process at
-    once.
+    """Inside `with`, the first SIGTERM or SIGINT asks the loop to stop; a second one ends the process at once.
+
+    But for a second SIGTERM right behind the first: some schedulers send theirs to a job and to each of its processes.
 
     In a run of several processes the signals are left to jax.distributed, which tells all hosts the same step
     to stop at: a handler of our own would replace its own, and one host stopping alone would hang the others.
@@ -21,7 +26,7 @@ class StopRequest:
     def __init__(self, say, reached_preemption):
         """say: prints a line; reached_preemption: step -> bool, the same answer on every host."""
         self._say, self._reached_preemption = say, reached_preemption
-        self._previous = {}
+        self._previous, self._first = {}, None
         self.reason = ""
 
     def __enter__(self):
@@ -35,9 +40,12 @@ class StopRequest:
             signal.signal(*self._previous.popitem())
 
     def _receive(self, number, _):
-        self.__exit__()  # so that the second signal has its usual effect
-        self.reason = signal.Signals(number).name
-        self._say(f"{self.reason}: finishing this step and saving; send it again to stop at once")
+        if self._first is None:
+            self._first, self.reason = time.monotonic(), signal.Signals(number).name
+            self._say(f"{self.reason}: finishing this step and saving; send it again to stop at once")
+        elif number != signal.SIGTERM or time.monotonic() - self._first > TWICE:
+            self.__exit__()  # so that it has its usual effect
+            os.kill(os.getpid(), number)
 
     def pending(self):
         """Tells whether a signal has come to this process; always False with several processes."""

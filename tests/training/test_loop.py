@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import toy_regression as toy
 
-from eqvae_jax.training import sharding
+from eqvae_jax.training import sharding, stopping
 from eqvae_jax.training.checkpoint import SaveError, saved_steps
 from eqvae_jax.training.loop import Data, train
 from eqvae_jax.training.stopping import Diverged
@@ -97,24 +98,31 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(tmp_path, bro
     assert len(list((tmp_path / "run" / "previews").iterdir())) == 2
 
 
-def test_a_second_signal_ends_at_once(tmp_path):
-    def interrupted_twice(start):
+@pytest.mark.parametrize("number, at_once, ends", [
+    (signal.SIGINT, True, True), (signal.SIGTERM, False, True), (signal.SIGTERM, True, False)])
+def test_a_second_signal_ends_at_once_but_for_one_that_a_scheduler_sends_twice(
+        tmp_path, monkeypatch, number, at_once, ends):
+    monkeypatch.setattr(stopping, "TWICE", 60.0 if at_once else 0.0)
+
+    def signalled_twice(start):
         for step, batch in enumerate(toy.batches(start), start):
             if step == 1:
-                handler = signal.getsignal(signal.SIGINT)
-                os.kill(os.getpid(), signal.SIGINT)
-                while signal.getsignal(signal.SIGINT) == handler:  # two that wait together are one
-                    time.sleep(0.001)
-                os.kill(os.getpid(), signal.SIGINT)
+                for _ in range(2):
+                    os.kill(os.getpid(), number)
+                    time.sleep(0.05)                                   # two that wait together are one
             yield batch
 
-    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    def end(*_):
+        raise KeyboardInterrupt
+
+    outside = signal.signal(number, end)                               # a shell's background jobs ignore SIGINT
     try:
-        with pytest.raises(KeyboardInterrupt):
-            toy.run(tmp_path, stream=interrupted_twice)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        with pytest.raises(KeyboardInterrupt) if ends else contextlib.nullcontext():
+            toy.run(tmp_path, stream=signalled_twice)
+        assert signal.getsignal(number) is end
     finally:
-        signal.signal(signal.SIGINT, outside)
+        signal.signal(number, outside)
+    assert saved_steps(tmp_path) == ([] if ends else [2])
 
 
 def test_a_bad_batch_changes_nothing_but_the_counters(tmp_path):
