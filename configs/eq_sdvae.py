@@ -71,6 +71,8 @@ def paper():
         lpips_weights="",  # file or directory of LPIPS weights, or "download"; "": those in config.init's file
         disc_weight=0.5, disc_factor=1.0, disc_start=0,  # [C]
         disc_width=64, disc_layers=3,  # [C] PatchGAN
+        # Its batch statistics: of the whole batch, whatever the devices, or "per_device" as [C], of 10 images each.
+        disc_batch_norm="synchronised",
         logvar=placeholder(float),  # [C] constant: in no optimizer there. None: config.init's, where it says, or 0
         from_init=True,  # go on with the discriminator, logvar and LPIPS of config.init, where its file has them
         explicit_weight=0.1,  # [P] table 7; only equivariance.objective="explicit..." uses it

@@ -18,11 +18,14 @@ class BatchNorm(nn.Module):
     """Batch normalisation as torch does it: biased variance to normalise, unbiased variance to remember.
 
     flax's own layer remembers the biased one, a factor (n - 1) / n smaller. Statistics are float32 and, under `jit`
-    on a sharded batch, those of the global batch, so the result does not depend on the number of devices.
+    on a sharded batch, those of the global batch, so the result does not depend on the number of devices. With `groups`
+    the batch is normalised in so many equal parts, each by its own statistics, whose means are remembered: as many as
+    devices, and no statistics travel between them.
     """
 
     momentum: float = 0.9
     epsilon: float = 1e-5
+    groups: int = 1
 
     @nn.compact
     def __call__(self, x, train: bool):                                          # B H W C
@@ -32,20 +35,22 @@ class BatchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
 
-        x32 = x.astype(jnp.float32)
+        groups = 1 if self.is_initializing() or not train else self.groups
+        x32 = x.astype(jnp.float32).reshape(groups, -1, *x.shape[1:])            # G B/G H W C
         if train:
-            mean = x32.mean((0, 1, 2))                                           # C
+            mean = x32.mean((1, 2, 3), keepdims=True)                            # G 1 1 1 C
             # Not E[x^2] - E[x]^2, which cancels to garbage where the mean is large.
-            var = jnp.square(x32 - mean).mean((0, 1, 2))                         # C
+            var = jnp.square(x32 - mean).mean((1, 2, 3), keepdims=True)          # G 1 1 1 C
             if not self.is_initializing() and self.is_mutable_collection("batch_stats"):
-                n = x.size // channels
-                decay = self.momentum
-                running_mean.value = decay * running_mean.value + (1 - decay) * mean
-                running_var.value = decay * running_var.value + (1 - decay) * var * (n / max(n - 1, 1))
+                n = x.size // (groups * channels)
+                unbiased = var * (n / max(n - 1, 1))
+                remember = lambda old, new: self.momentum * old + (1 - self.momentum) * new.mean((0, 1, 2, 3))
+                running_mean.value = remember(running_mean.value, mean)
+                running_var.value = remember(running_var.value, unbiased)
         else:
             mean, var = running_mean.value, running_var.value
         y = (x32 - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
-        return y.astype(x.dtype)
+        return y.reshape(x.shape).astype(x.dtype)
 
 
 class PatchDiscriminator(nn.Module):
@@ -60,6 +65,7 @@ class PatchDiscriminator(nn.Module):
     width: int = 64
     layers: int = 3
     dtype: jnp.dtype = jnp.float32
+    groups: int = 1  # of each BatchNorm
 
     @nn.compact
     def __call__(self, x, train: bool = True):                                   # B H W 3
@@ -81,7 +87,7 @@ class PatchDiscriminator(nn.Module):
         for i in range(1, self.layers + 1):
             stride = 2 if i < self.layers else 1
             x = conv(f"conv_{i}", x, self.width * min(2**i, 8), stride, bias=False)
-            x = BatchNorm(name=f"norm_{i}")(x, train)
+            x = BatchNorm(name=f"norm_{i}", groups=self.groups)(x, train)
             x = nn.leaky_relu(x, 0.2)
         x = conv("conv_out", x, 1, 1, bias=True)                                 # B h w 1
         return x.astype(jnp.float32)

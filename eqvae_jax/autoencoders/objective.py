@@ -41,13 +41,16 @@ def split_params(params):
     return {name: part for name, part in params.items() if name in (*ENCODER_PARTS, "codebook")}, decoding
 
 
-def make_discriminator(config, model):
-    """The PatchGAN that `config.loss` describes, or None where its weight is 0."""
+def make_discriminator(config, model, devices=1):
+    """The PatchGAN that `config.loss` describes, None where its weight is 0; devices: how many a batch is spread over."""
     loss = config.loss
-    return PatchDiscriminator(loss.disc_width, loss.disc_layers, model.dtype) if loss.disc_weight else None
+    if not loss.disc_weight:
+        return None
+    groups = {"synchronised": 1, "per_device": devices}[loss.disc_batch_norm]
+    return PatchDiscriminator(loss.disc_width, loss.disc_layers, model.dtype, groups)
 
 
-def eq_gradients(config, model):
+def eq_gradients(config, model, devices=1):
     """Returns gradients(params, buffers, lpips, batch, tau, key, step) -> (gradients, metrics, buffers).
 
     params: {"autoencoder"[, "discriminator"]}. buffers: the discriminator's batch statistics. lpips: parameters of
@@ -55,7 +58,7 @@ def eq_gradients(config, model):
     compared with loss.disc_start. Both sides of the GAN come from one forward pass, at the same parameters; the
     released code makes two, with a new tau for each.
     """
-    loss, discriminator, variational = config.loss, make_discriminator(config, model), model.kind == "kl"
+    loss, discriminator, variational = config.loss, make_discriminator(config, model, devices), model.kind == "kl"
     explicit, constant_target = EXPLICIT.get(config.equivariance.objective, (False, False))
     explicit_weight = loss.explicit_weight
     # KL models add up the values of an image and weigh the posterior; VQ models average and weigh the codebook.

@@ -39,6 +39,9 @@ def check(config, model, mesh):
     if config.equivariance.objective not in OBJECTIVES:
         raise ValueError(f"equivariance.objective is {config.equivariance.objective!r}; it must be one of "
                          f"{', '.join(OBJECTIVES)}.")
+    if config.loss.disc_batch_norm not in ("synchronised", "per_device"):
+        raise ValueError(f'loss.disc_batch_norm is {config.loss.disc_batch_norm!r}; it must be "synchronised" or '
+                         '"per_device".')
     micro = mesh.size * config.training.accumulate
     if config.data.batch_size % micro:
         raise ValueError(f"data.batch_size is {config.data.batch_size}; it must be a multiple of {mesh.size} devices x "
@@ -70,7 +73,8 @@ def autoencoder_task(config, model, params, mesh, lpips=None, critic=None) -> Ta
         raise ValueError("loss.perceptual_weight is not 0 but no LPIPS weights were given; set "
                          "--config.loss.lpips_weights, or --config.loss.perceptual_weight=0.")
     lpips = lpips and replicate(mesh, lpips)
-    discriminator, gradients = make_discriminator(config, model), eq_gradients(config, model)
+    discriminator = make_discriminator(config, model, mesh.size)
+    gradients = eq_gradients(config, model, mesh.size)
     optimizer, schedule = make_optimizer(config.optimizer, config.training.steps)
     sampling = dict(config.equivariance)
     sampling.pop("objective")

@@ -23,6 +23,7 @@ def small_config(**changes):
         optimizer=dict(learning_rate=1e-3, schedule="constant", warmup_steps=0, b1=0.5, b2=0.9, eps=1e-8,
                        weight_decay=0.0, clip_norm=0.0),
         loss=dict(perceptual_weight=0.0, kl_weight=1e-3, disc_weight=0.0, disc_factor=1.0, disc_start=0, disc_width=4,
+                  disc_batch_norm="synchronised",
                   disc_layers=1, logvar=0.0, explicit_weight=0.1),
         equivariance=dict(sizes=(6,), turns=(1, 2, 3), p_equivariance=0.5, p_low_resolution=0.5, anisotropic=False,
                           method="bilinear", antialias=False, objective="implicit"),

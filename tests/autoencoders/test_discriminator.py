@@ -101,6 +101,19 @@ def test_logits_gradients_and_running_statistics_match_torch(torch, rng, pair, s
     assert gap(stats, after) < 1e-5                 # two updates, the unbiased variance
 
 
+def test_in_groups_each_device_normalises_its_own_images(torch, rng, pair):
+    """As of torch's processes, which share nothing in a batch normalisation; what is remembered is their mean."""
+    net, model, variables = pair
+    image = rng.normal(size=(6, 40, 40, 3)).astype(np.float32)
+    image[3:] += 1                                                # the parts differ
+    logits, moved = model.clone(groups=2).apply(variables, image, train=True, mutable=["batch_stats"])
+    parts = [model.apply(variables, part, train=True, mutable=["batch_stats"]) for part in (image[:3], image[3:])]
+    np.testing.assert_allclose(logits, np.concatenate([part for part, _ in parts]), atol=2e-5)
+    assert np.abs(logits - model.apply(variables, image, train=True, mutable=["batch_stats"])[0]).max() > 0.1
+    jax.tree.map(lambda ours, a, b: np.testing.assert_allclose(ours, (a + b) / 2, rtol=1e-5, atol=1e-6),
+                 moved, parts[0][1], parts[1][1])
+
+
 def test_evaluation_uses_the_running_statistics(torch, rng, pair):
     net, model, variables = pair
     image = rng.uniform(-1, 1, (1, 64, 72, 3)).astype(np.float32)
