@@ -45,6 +45,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the pipeline needs no device, and a TPU admits one process
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 MACHINES = ["v5e-8=8 chips,197 TFLOP/s,45 %,224 vCPUs", "v5e-16=16 chips,197 TFLOP/s,45 %,448 vCPUs",
@@ -68,8 +69,7 @@ def write_jpegs(directory, width, height, quality, count, noise):
         box = left, top, left + width * scale, top + height * scale
         pixels = np.asarray(photo.resize((width, height), Image.Resampling.BICUBIC, box)).astype(np.float32)
         pixels = np.clip(pixels + noise * rng.standard_normal(pixels.shape, np.float32), 0, 255).astype(np.uint8)
-        path = directory / f"{i:05d}.jpg"
-        Image.fromarray(pixels).save(path, quality=quality)
+        Image.fromarray(pixels).save(path := directory / f"{i:05d}.jpg", quality=quality)
         total += path.stat().st_size
     return total / count
 
@@ -202,9 +202,8 @@ def programs_of(directory, arguments):
 
 def summary(turns):
     """Rates of one program: a list of (examples, seconds, processor seconds) -> medians, and all rounds."""
-    per_core = [examples / processor for examples, _, processor in turns]
-    return {"per_second": statistics.median(examples / seconds for examples, seconds, _ in turns),
-            "per_core_second": statistics.median(per_core), "rounds": per_core}
+    clock, per_core = ([turn[0] / turn[k] for turn in turns] for k in (1, 2))
+    return {"per_second": statistics.median(clock), "per_core_second": statistics.median(per_core), "rounds": per_core}
 
 
 def machine(text):
@@ -254,7 +253,7 @@ def main():
         # Two processes, so that torch's workers are not forked from one with JAX's threads.
         sides = {side: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for side in ("torch", "ours")}
         turns = {name: [] for name in programs}
-        for _ in range(arguments.rounds):
+        for _ in tqdm(range(arguments.rounds), unit="round"):
             for name, (side, *program) in programs.items():
                 turns[name].append(sides[side].submit(turn, *program).result())
     report(arguments, {name: summary(found) for name, found in turns.items()})
