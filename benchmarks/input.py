@@ -187,7 +187,8 @@ def programs_of(directory, arguments):
         programs |= {
             f"{name} torch": ("torch", torch_images, (folder, CORES, size, batch), 2 * CORES, count),
             f"{name} folder, threads": ("ours", our_images, (f"folder:{folder}", 0, size, batch), 5, count),
-            f"{name} folder, workers": ("ours", our_images, (f"folder:{folder}", CORES, size, batch), 6 * CORES, count),
+            f"{name} folder, workers": (
+                "ours", our_images, (f"folder:{folder}", CORES, size, batch), 10 * CORES, count),
             f"{name} arrayrecord, threads": (
                 "ours", our_images, (f"arrayrecord:{shards}/*.array_record", 0, size, batch), 5, count),
         }
