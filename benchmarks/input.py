@@ -1,6 +1,6 @@
 """The input pipeline alone against torch's DataLoader with PIL on the same JPEGs, in one run, turn by turn.
 
-It ends with how many cores accelerators need for it.
+It ends with the cores that accelerators need for it:
 
     python benchmarks/input.py
     python benchmarks/input.py --sizes 500x375 --rounds=10 --json=input.json
@@ -274,8 +274,8 @@ def report(arguments, found):
 
     per_core = {name: ("dit" if name.startswith("latents") else "eq", numbers["per_core_second"])
                 for name, numbers in found.items() if not name.startswith("28x28")}
-    needed = cores_needed(dict(map(machine, MACHINES)) | dict(arguments.machine), per_core,
-                          {"eq": arguments.eq_gflop, "dit": arguments.dit_gflop})
+    gflops = {"eq": arguments.eq_gflop, "dit": arguments.dit_gflop}
+    needed = cores_needed(dict(map(machine, MACHINES)) | dict(arguments.machine), per_core, gflops)
     print("\nCores needed for the estimated rates of the SD-VAE EQ step and, on latents, of DiT-XL/2")
     print(f"{'':34}" + "".join(f"{name:>12}" for name in needed))
     for label, key in (("EQ step, images/s", "eq"), ("DiT-XL/2, latents/s", "dit")):
@@ -292,8 +292,7 @@ def report(arguments, found):
 
 
 def processor_name():
-    found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    return found[1] if found else platform.machine()
+    return (re.findall(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text()) or [platform.machine()])[0]
 
 
 if __name__ == "__main__":

@@ -69,10 +69,14 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     if image.shape[:2] == (height, width):
         return image.copy()
-    x = image.reshape(len(image), -1).astype(np.float32)                # (H,W*3)
-    x = _weights(image.shape[0], height, 1) @ x                         # (h,W*3)
-    x = _weights(image.shape[1], width, 3) @ np.ascontiguousarray(x.T)  # (w*3,h)
-    return np.ascontiguousarray(np.rint(x).astype(np.uint8).T).reshape(height, width, 3)
+    rows, columns = _weights(image.shape[0], height, 1), _weights(image.shape[1], width, 3)
+    x = image.reshape(len(image), -1)                                           # (H,W*3)
+    y = np.empty((x.shape[1], height), np.float32)                              # (W*3,h)
+    strip = max(256, 2**16 // len(x))  # numbers that stay in cache; all of a large photograph would be a gigabyte
+    for first in range(0, len(y), strip):
+        y[first : first + strip] = (rows @ x[:, first : first + strip].astype(np.float32)).T
+    y = np.rint(columns @ y).astype(np.uint8)                                   # (w*3,h)
+    return np.ascontiguousarray(y.T).reshape(height, width, 3)
 
 
 @functools.lru_cache(maxsize=2048)  # of some 20 kB each; random crops of photographs have about a thousand sides
