@@ -112,7 +112,7 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
         raise BrokenExample(name, "32-bit pixels of unknown range; convert it to 8 or 16 bits")
     if image.has_transparency_data:
         return _over_white(image.convert("RGBA"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def _from_16_bit(x: np.ndarray) -> np.ndarray:

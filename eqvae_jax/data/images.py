@@ -9,14 +9,14 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import jax
 import numpy as np
 from absl import flags, logging
 
-from eqvae_jax.data.cropping import center_crop, random_crop
+from eqvae_jax.data.cropping import center_crop, random_crop, side_for_random_crop
 from eqvae_jax.data.decoding import BrokenExample
 from eqvae_jax.data.order import INDEX_RANGE, Positions, Shuffled, rows_of_process
 from eqvae_jax.data.sources import Source
@@ -24,6 +24,7 @@ from eqvae_jax.data.sources import Source
 _NEIGHBOURS = 1000           # how many records are tried in place of a broken one
 _BEFORE_JUDGING = 100        # examples seen before a fraction of broken ones means anything
 _PREFETCH_BYTES = 2**29      # host memory for finished examples that wait
+_TASK_PIXELS = 256**2        # what a thread makes at a time: one image of 256 pixels, or several smaller ones
 
 
 class TooManyBroken(RuntimeError):
@@ -68,25 +69,27 @@ def train_batches(source: Source, *, image_size: int, batch_size: int, seed: int
     if seed < 0 or start_step < 0 or workers < 0:
         raise ValueError(f"seed={seed}, start_step={start_step} and workers={workers} must not be negative")
 
-    if crop == "random" and hasattr(source, "at_least"):
-        # Crops of a half-size decode are as good while they are still shrunk.
-        source = source.at_least(math.ceil(image_size / min_crop))
+    def drawn(position):
+        return np.random.default_rng((seed, position))
+
+    def enough(position):
+        return side_for_random_crop(image_size, drawn(position), min_crop, max_crop)
 
     def cut(image, position):
-        rng = np.random.default_rng((seed, position))
+        rng = drawn(position)
         if crop == "random":
             return random_crop(image, image_size, rng, min_crop, max_crop, flip)
         image = center_crop(image, image_size)
         return image[:, ::-1] if flip and rng.random() < 0.5 else image
 
     positions = Positions.of_process(batch_size, start_step)
-    examples = grain.MapDataset.source(positions).map(_Load(source, Shuffled(len(source), seed), cut))
+    load = _Load(source, Shuffled(len(source), seed), cut, enough if crop == "random" else None)
     if workers and not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain hands absl flags to its workers; notebooks never parse them
     tally = _Tally(source, broken_limit, on_broken)
 
     def iterate():
-        for batch in _read(examples, rows, image_size, workers):
+        for batch in _read(load, positions, rows, image_size, workers):
             tally.add(batch["broken"], batch["image"] is None)
             yield {key: batch[key] for key in ("image", "label", "index")}
 
@@ -144,9 +147,9 @@ class EvaluationBatches:
 
         # Past the end the last example is repeated, so that every process has as many rows in every batch.
         padded = np.minimum(positions, total - 1)
-        examples = grain.MapDataset.source(padded).map(_Load(self._source, self._records, self._cut))
+        load = _Load(self._source, self._records, self._cut)
         tally = _Tally(self._source, self._broken_limit, self._on_broken)
-        for step, batch in enumerate(_read(examples, self._rows, self._size, workers=0)):
+        for step, batch in enumerate(_read(load, padded, self._rows, self._size, workers=0)):
             mask = positions[step * self._rows : (step + 1) * self._rows] < total
             broken = batch["broken"]
             tally.add(broken[: mask.sum()], batch["image"] is None)  # the padding is last
@@ -155,19 +158,24 @@ class EvaluationBatches:
 
 
 class _Load:
-    """Stream position -> example. What was broken on the way travels with it, also between processes."""
+    """Stream position -> example. What was broken on the way travels with it, also between processes.
 
-    def __init__(self, source, order, cut):
-        self._source, self._order, self._cut = source, order, cut
+    enough: position -> the short side that its crop can do with, for sources that decode smaller images faster.
+    """
+
+    def __init__(self, source, order, cut, enough=None):
+        self.source, self._order, self._cut = source, order, cut
+        self._enough = enough if hasattr(source, "at_least") else None
 
     def __call__(self, position):
         position, broken = int(position), []
+        source = self.source.at_least(self._enough(position)) if self._enough else self.source
         wanted = int(self._order[position])
         found = {"image": None, "label": 0, "broken": broken,
                  "record": wanted, "index": position % INDEX_RANGE}
-        for neighbour in range(min(len(self._source), _NEIGHBOURS)):
+        for neighbour in range(min(len(source), _NEIGHBOURS)):
             try:
-                example = self._source[(wanted + neighbour) % len(self._source)]
+                example = source[(wanted + neighbour) % len(source)]
             except BrokenExample as error:
                 broken.append((error.name, error.reason))
                 continue
@@ -215,19 +223,29 @@ def _check(source, image_size, batch_size, min_crop, max_crop, broken_limit, who
     return batch_size if whole else rows_of_process(batch_size)
 
 
-def _read(examples: grain.MapDataset, rows: int, image_size: int, workers: int) -> Iterator[dict]:
+def _read(load: _Load, positions: Sequence[int], rows: int, image_size: int, workers: int) -> Iterator[dict]:
     """Reads examples in order, ahead of the consumer, and stacks them."""
+    # Handing work to a thread costs half a millisecond, more than a small image itself: they are read by the dozen.
+    dozen = next(n for n in range(rows, 0, -1) if rows % n == 0 and (n == 1 or n * image_size**2 <= _TASK_PIXELS))
+    dozen = rows if workers else dozen
+
+    def some(i):
+        return [load(positions[i * dozen + k]) for k in range(dozen)]
+
+    examples = grain.MapDataset.range(len(positions) // dozen).map(some)
     if workers:
         # Whole batches cross between processes, in shared memory: worker i makes batches i, i + workers, ...
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        batches = examples.batch(rows, batch_fn=_stack).to_iter_dataset(grain.ReadOptions(1, 1))
+        batches = examples.map(_stack).to_iter_dataset(grain.ReadOptions(1, 1))
         batches = batches.mp_prefetch(options, worker_init_fn=_begin_worker)
     else:
         # Threads share the work of one batch, so the first is there early.
         threads = min(16, 2 * (os.cpu_count() or 1))
-        ahead = min(4 * rows, _PREFETCH_BYTES // (3 * image_size**2))
+        if dozen > 1 and not hasattr(load.source, "at_least"):
+            threads = 1  # nothing to decode: only short calls, and threads that take turns at them are 3 times slower
+        ahead = min(4 * rows, _PREFETCH_BYTES // (3 * image_size**2)) // dozen
         read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
-        batches = examples.to_iter_dataset(read).batch(rows, batch_fn=_stack)
+        batches = examples.to_iter_dataset(read).batch(rows // dozen, batch_fn=lambda lists: _stack(sum(lists, [])))
     iterator = iter(batches)
     try:
         yield from iterator

@@ -24,7 +24,7 @@ from eqvae_jax.data.cropping import resize
 from eqvae_jax.data.decoding import BrokenExample
 from eqvae_jax.data.sources import Source, open_source
 
-ENCODINGS = ("jpeg", "png")
+ENCODINGS = {"jpeg": b"\xff\xd8\xff", "png": b"\x89PNG"}  # and how such a file begins
 
 
 def write_arrayrecord(images: Iterable[dict], path: str | os.PathLike) -> int:
@@ -51,7 +51,8 @@ def prepare(source: Source, output: str, size: int, encoding: str = "jpeg", shar
             workers: int = 0, broken_limit: float = 0.01) -> int:
     """Writes a source to shards, short sides reduced to `size` by area average.
 
-    Smaller images stay as they are. Broken ones are left out, and logged by name.
+    Smaller images stay as they are, byte for byte where their file is of that encoding already. Broken ones are left
+    out, and logged by name.
 
     Args:
       source: what to write.
@@ -69,7 +70,7 @@ def prepare(source: Source, output: str, size: int, encoding: str = "jpeg", shar
     """
     if size < 1 or shard_size < 1 or workers < 0 or encoding not in ENCODINGS:
         raise ValueError(f"size={size}, shard_size={shard_size} must be at least 1, workers={workers} not "
-                         f"negative, and encoding={encoding!r} one of {ENCODINGS}")
+                         f"negative, and encoding={encoding!r} one of {tuple(ENCODINGS)}")
     plan = {"images": repr(source), "records": len(source), "size": size, "encoding": encoding,
             "shard_size": shard_size}
     _agree(plan, output)
@@ -139,7 +140,10 @@ def _pack(i: int) -> tuple[bytes | None, BrokenExample | None]:
         example = source[i]
     except BrokenExample as error:
         return None, error
-    image = encode(shrink(example["image"], size), encoding)
+    image = shrink(example["image"], size)
+    # JPEG again would be lossy, and, at quality 95 and full colour resolution, slower to read.
+    file = source.file(i) if image is example["image"] and hasattr(source, "file") else b""
+    image = file if file.startswith(ENCODINGS[encoding]) else encode(image, encoding)
     return records.pack(image, example["label"], source.name(i)), None
 
 
@@ -175,7 +179,7 @@ if __name__ == "__main__":
     _IMAGES = flags.DEFINE_string("images", None, "What to write: folder:DIR, tfds:NAME ...", required=True)
     _OUTPUT = flags.DEFINE_string("output", None, "Folder for the shards.", required=True)
     _SIZE = flags.DEFINE_integer("size", 512, "Pixels of the short side; smaller images stay as they are.")
-    _ENCODING = flags.DEFINE_enum("encoding", "jpeg", ENCODINGS, "jpeg: quality 95, 4:4:4; png: lossless.")
+    _ENCODING = flags.DEFINE_enum("encoding", "jpeg", list(ENCODINGS), "jpeg: quality 95, 4:4:4; png: lossless.")
     _SHARD_SIZE = flags.DEFINE_integer("shard_size", 4096, "Records per shard.")
     _WORKERS = flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes that decode; 0 for none.")
     _BROKEN_LIMIT = flags.DEFINE_float("broken_limit", 0.01, "Largest fraction of images that may be broken.")

@@ -28,9 +28,9 @@ FORMS = """the forms are
 class Source(Protocol):
     """A random-access collection of images: picklable (it travels to worker processes), stable `repr`.
 
-    A source that can decode smaller images more cheaply also has `at_least(side) -> Source`: the same
-    examples, whose short sides may be reduced to no less than `side` pixels. One that knows what its labels
-    are called has `class_names`, a list of them in order, or None.
+    A source of image files also has `file(i) -> bytes`, the file as it is, and `at_least(side) -> Source`: the same
+    examples, decoded more cheaply, with short sides that may be reduced to no less than `side` pixels. One that knows
+    what its labels are called has `class_names`, a list of them in order, or None.
     """
 
     def __len__(self) -> int: ...
@@ -95,6 +95,9 @@ class FolderSource:
         path = os.path.join(self._root, self._files[i])
         return {"image": decode(path, self.name(i), self._min_side), "label": int(self._labels[i])}
 
+    def file(self, i):
+        return Path(self._root, self._files[i]).read_bytes()
+
     def name(self, i):
         return self._files[i]
 
@@ -136,6 +139,9 @@ class ArrayRecordSource:
             raise BrokenExample(self.name(i), f"unreadable record ({error})") from error
         name = f"{self.name(i)} ({example['name']})" if example["name"] else self.name(i)
         return {"image": decode(example["image"], name, self._min_side), "label": example["label"]}
+
+    def file(self, i):
+        return records.unpack(self._records[i])["image"]
 
     def name(self, i):
         return f"record {i} of {self._pattern}"
@@ -201,6 +207,9 @@ class TfdsSource:
             raise BrokenExample(self.name(i), f"unreadable record ({error})") from error
         image = decode(example["image"], self.name(i), self._min_side)
         return {"image": image, "label": int(example["label"]) if self._labelled else 0}
+
+    def file(self, i):
+        return self._records[i]["image"]
 
     def name(self, i):
         return f"record {i} of tfds:{self._key}"

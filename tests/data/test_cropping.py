@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eqvae_jax.data.cropping import center_crop, random_crop, resize
+from eqvae_jax.data.cropping import center_crop, random_crop, resize, side_for_random_crop
 
 
 def noise(*shape, seed=0):
@@ -84,6 +84,19 @@ def test_random_crop_is_where_its_draws_say():
         assert np.array_equal(random_crop(x, 8, np.random.default_rng(seed)), expected)
         mirrored = random_crop(x, 8, np.random.default_rng(seed), flip=True)
         assert np.array_equal(mirrored, expected[:, ::-1] if u[3] < 0.5 else expected)
+
+
+def test_the_side_that_suffices_is_the_smallest():
+    for seed in range(50):
+        side = side_for_random_crop(64, np.random.default_rng(seed), 0.4, 0.9)
+        share = 0.4 + 0.5 * np.random.default_rng(seed).random(4)[0]
+        assert int(side * share) >= 64 > int((side - 1) * share)
+
+
+def test_an_unchanged_size_is_a_copy():
+    x = noise(5, 7, 3)
+    y = resize(x, 5, 7)
+    assert np.array_equal(x, y) and not np.shares_memory(x, y)
 
 
 def test_crop_sides_and_corners_are_spread_as_the_released_code_spreads_them():

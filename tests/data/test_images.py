@@ -12,7 +12,7 @@ import pytest
 from memory_source import Memory, assert_equal, joined, pretend
 from PIL import Image
 
-from eqvae_jax.data.cropping import center_crop, random_crop
+from eqvae_jax.data.cropping import center_crop, random_crop, side_for_random_crop
 from eqvae_jax.data.images import TooManyBroken, train_batches
 from eqvae_jax.data.sources import open_source
 
@@ -188,6 +188,19 @@ def test_folder_with_a_broken_jpeg(tmp_path):
     x = batches(open_source(f"folder:{tmp_path}"), 4, broken_limit=1, on_broken=lambda *r: reports.append(r))
     assert joined(x)["image"].shape == (16, SIZE, SIZE, 3)
     assert [name for name, _ in reports] == ["2.jpg"] and "truncated" in reports[0][1]
+
+
+def test_each_crop_is_of_the_smallest_decode_that_it_is_not_enlarged_from(tmp_path):
+    y, x = np.mgrid[:96, :128]
+    Image.fromarray(np.stack([x * 2, y * 2, (x + y) % 256], -1).astype(np.uint8)).save(tmp_path / "0.jpg", quality=95)
+    source, decoded = open_source(f"folder:{tmp_path}"), []
+    crops = joined(batches(source, 4, image_size=36))["image"]
+    for position, crop in enumerate(crops):
+        side = side_for_random_crop(36, np.random.default_rng((3, position)))
+        image = source.at_least(side)[0]["image"]
+        decoded.append(image.shape[0])
+        np.testing.assert_array_equal(crop, random_crop(image, 36, np.random.default_rng((3, position))))
+    assert set(decoded) == {48, 96}  # a crop of 3/4 of 48 pixels is not enlarged, one of less is
 
 
 @pytest.mark.parametrize("wrong, says", [

@@ -52,6 +52,20 @@ def test_jpeg_is_close_and_small_images_keep_their_size(folder, tmp_path):
         assert np.abs(difference).mean() < 2
 
 
+def test_small_files_of_the_same_encoding_are_copied(tmp_path):
+    for name, side in ("a.jpg", 20), ("b.jpg", 60), ("c.png", 20):
+        Image.fromarray(np.random.default_rng(side).integers(0, 256, (side, side, 3), np.uint8)).save(tmp_path / name)
+    source = open_source(f"folder:{tmp_path}")
+    prepare(source, str(tmp_path / "out"), size=20)
+    stored = open_source(f"arrayrecord:{tmp_path}/out/*.array_record")
+    assert stored.file(0) == source.file(0) == (tmp_path / "a.jpg").read_bytes()
+    assert stored.file(1) != source.file(1) and stored[1]["image"].shape == (20, 20, 3)
+    assert stored.file(2).startswith(b"\xff\xd8\xff")
+    prepare(stored, str(tmp_path / "again"), size=20)  # nothing is lost a second time
+    again = open_source(f"arrayrecord:{tmp_path}/again/*.array_record")
+    assert [again.file(i) for i in range(3)] == [stored.file(i) for i in range(3)]
+
+
 def test_a_stopped_preparation_continues(folder, tmp_path):
     source, output = open_source(f"folder:{folder}"), tmp_path / "out"
     prepare(source, str(output), size=20, shard_size=3)
