@@ -42,7 +42,7 @@ def split_params(params):
 
 
 def make_discriminator(config, model, devices=1):
-    """The PatchGAN that `config.loss` describes, None where its weight is 0; devices: how many a batch is spread over."""
+    """The PatchGAN that `config.loss` describes, None where its weight is 0; devices: how many share a batch."""
     loss = config.loss
     if not loss.disc_weight:
         return None
