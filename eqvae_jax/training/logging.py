@@ -12,9 +12,6 @@ import numpy as np
 import tqdm
 from jax.experimental import multihost_utils
 from PIL import Image
-from tensorboardX import summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import RecordWriter
 
 from eqvae_jax.atomic import whole
 
@@ -33,6 +30,12 @@ class Writer:
         self._active = jax.process_index() == 0
         if not self._active:
             return
+        # Here, for the one process that needs it: where torch is installed, this imports it, in seconds.
+        from tensorboardX import summary
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
+
+        self._summary, self._event_type = summary, Event
         self._workdir = Path(workdir)
         path = self._workdir / "metrics.jsonl"
         _truncate(path, step)
@@ -60,7 +63,7 @@ class Writer:
         while data:  # a nearly full disk takes part of a line without an error; the rest then raises
             data = data[self._lines.write(data):]
         for name, value in values.items():
-            self._event(step=int(step), summary=summary.scalar(f"{split}/{name}", value))
+            self._event(step=int(step), summary=self._summary.scalar(f"{split}/{name}", value))
         self._events.flush()
 
     def images(self, step, images):
@@ -76,7 +79,7 @@ class Writer:
             path = directory / f"{name}_{step:08d}.png"
             with whole(path) as partial:
                 Image.fromarray(tiles).save(partial, format="PNG")
-            self._event(step=int(step), summary=summary.image(f"preview/{name}", tiles, dataformats="HWC"))
+            self._event(step=int(step), summary=self._summary.image(f"preview/{name}", tiles, dataformats="HWC"))
         self._events.flush()
 
     def has_evaluation(self, step):
@@ -100,7 +103,7 @@ class Writer:
             self._events.close()
 
     def _event(self, **fields):
-        self._events.write(Event(wall_time=time.time(), **fields).SerializeToString())
+        self._events.write(self._event_type(wall_time=time.time(), **fields).SerializeToString())
 
 
 def _agreed(found):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import toy_regression as toy
 
+from eqvae_jax import hardware
 from eqvae_jax.training import sharding, stopping
 from eqvae_jax.training.checkpoint import SaveError, saved_steps
 from eqvae_jax.training.loop import Data, train
@@ -123,6 +124,34 @@ def test_a_second_signal_ends_at_once_but_for_one_that_a_scheduler_sends_twice(
     finally:
         signal.signal(number, outside)
     assert saved_steps(tmp_path) == ([] if ends else [2])
+
+
+def test_where_time_goes_is_told_apart(tmp_path, monkeypatch):
+    """Batches that take 0.1 s, an evaluation of 0.6 s after the second step, and a chip of 1 MFLOP/s."""
+    config = toy.get_config(**{"training.steps": 4, "training.log_every": 2, "training.eval_every": 2,
+                               "checkpoint.every": 4})
+    task = toy.make_task(config, sharding.make_mesh(config.mesh))
+
+    def slowly(start):
+        for batch in toy.batches(start):
+            time.sleep(0.1)
+            yield batch
+
+    def evaluate(state, batch):
+        if not isinstance(batch["x"], jax.ShapeDtypeStruct):
+            time.sleep(0.3)                                            # there are two batches
+        return task.eval_step(state, batch)
+
+    monkeypatch.setattr(hardware, "peak_flops", lambda device: 1e6)
+    toy.run(tmp_path, config, slowly, task=task._replace(eval_step=evaluate, model_flops=lambda: 250.0))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    second = next(row for row in rows if row["step"] == 4 and row["split"] == "train")
+    seconds = 2 / second["steps_per_second"]                           # of two steps
+    assert second["input_wait"] * seconds >= 0.2 and second["evaluation_seconds"] >= 0.6
+    lost = 0.2 + second["evaluation_seconds"] + second["checkpoint_seconds"]
+    assert second["goodput"] <= 1 - lost / (seconds + second["evaluation_seconds"] + second["checkpoint_seconds"])
+    assert 0 <= second["goodput"] < 0.5
+    assert second["mfu"] == pytest.approx(second["images_per_second"] * 250 / 1e6)
 
 
 def test_a_bad_batch_changes_nothing_but_the_counters(tmp_path):
