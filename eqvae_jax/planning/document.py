@@ -60,7 +60,7 @@ def document(config, mesh, chip, planned, rehearsal, sizes, say):
             "mfu": model_flops and model_flops * rows / mesh.size / mean.step / chip.flops}
         fixed = state_bytes + frozen + gradients
         largest = largest_batch(planned.per_device, call.peak, fixed, USABLE * chip.hbm)
-        found["largest_per_device_batch"] = largest
+        largest = found["largest_per_device_batch"] = max(largest, planned.per_device if memory["fits"] else 0)
         found["smallest_slice"] = largest and smallest_slice(
             chip.slices, rows // config.training.get("accumulate", 1), largest)
     return found
@@ -99,10 +99,10 @@ def as_text(plan):
         f" of {_size(memory['capacity'])}: {'fits' if memory['fits'] else 'DOES NOT FIT'}")
     lines += [
         f"memory of a chip          {_size(memory['peak'])}{verdict}",
-        f"  state {_size(memory['state'])}, frozen networks {_size(memory['frozen'])}; at its fullest in "
-        f"{memory['program']} ({memory['step']}):",
-        f"  arguments {_size(memory['arguments'])}, temporaries {_size(memory['temporaries'])}, results not in their place "
-        f"{_size(memory['results'])}, held beside it {_size(memory['beside'])}",
+        f"  always there: {_parts(memory, {'state': 'state', 'frozen': 'frozen networks'})}",
+        f"  at the fullest, in {memory['program']} ({memory['step']}): "
+        + _parts(memory, {"arguments": "arguments", "temporaries": "temporaries", "results": "results not in place",
+                          "beside": "held between programs"}),
         f"FLOPs of an image         {_giga(flops['model_per_example'])} of the model, "
         f"{_giga(flops['computed_per_example'])} computed",
         f"moved by a chip in a step {plan['moved'] / 1e9:.3g} GB of its memory, {plan['sent'] / 1e9:.3g} GB to others",
@@ -137,8 +137,12 @@ def _advice(plan):
     if not largest:
         return ["fits with                 no batch at all: --config.mesh.fsdp=N splits the state over N chips, "
                 "--config.model.remat=True keeps less for the backward pass"]
-    smallest = f"; a batch of {batch} on {plan['smallest_slice']}" if plan["smallest_slice"] else ""
+    smallest = f"; a batch of {batch} from {plan['smallest_slice']} on" if plan["smallest_slice"] else ""
     return [f"fits with                 about {largest} a device{smallest}"]
+
+
+def _parts(memory, names):
+    return ", ".join(f"{name} {_size(memory[key])}" for key, name in names.items() if memory[key] > MIB / 100)
 
 
 def _size(count):

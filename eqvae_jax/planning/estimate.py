@@ -54,8 +54,10 @@ def largest_batch(batch, peak, fixed, capacity):
 
     0 where not even one example does.
     """
-    growth = (peak - fixed) / batch
-    return max(int((capacity - fixed) / growth), 0) if growth > 0 else batch
+    growth = max(peak - fixed, 0) / batch
+    if capacity <= fixed:
+        return 0
+    return int((capacity - fixed) / growth) if growth else batch
 
 
 def smallest_slice(slices, examples, largest):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from eqvae_jax.planning.hlo import NAME, parse
 
+CALLERS = ("while", "conditional", "call", "async-start", "fusion")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
 # Instructions that move nothing of themselves; the second half of an asynchronous pair waits for what the first moves.
@@ -72,7 +73,7 @@ class _Walk:
         for one in computation.instructions.values():
             estimated = re.search(r'"estimated_cycles":"(\d+)"', one.rest)
             cycles += times * int(estimated[1]) if estimated else 0
-            inner = [self.computations[name] for name in self._called(one)]
+            inner = [self.computations[name] for name in self._called(one)] if one.opcode in CALLERS else []
             if one.opcode == "while":
                 length = trip_count(one, self.computations)
                 self.unknown_loops += length is None
@@ -130,7 +131,9 @@ class _Walk:
             return 2 * sources[1].in_memory
         if opcode == "fusion":
             inner = self.computations[self._called(one)[0]]
-            return sum(self._read(inner, parameter) for parameter in inner.parameters) + _written(inner, one)
+            read = sum(self._read(inner, parameter) for parameter, source in zip(inner.parameters, sources, strict=True)
+                       if source.in_memory)
+            return read + _written(inner, one)
         written = one.shapes[0].bytes * (not one.shapes[0].on_chip) if one.opcode.endswith("-start") else one.in_memory
         return written + sum(source.in_memory for source in sources)
 
