@@ -22,6 +22,7 @@ from eqvae_jax.autoencoders import losses
 from eqvae_jax.autoencoders.discriminator import PatchDiscriminator
 from eqvae_jax.features.lpips import lpips as lpips_distance
 from eqvae_jax.training.programs import call
+from eqvae_jax.training.sharding import whole
 
 ENCODER_PARTS = ("encoder", "quant_conv")
 # equivariance.objective -> (explicit, E(tau x) is a constant); "implicit" is EQ-VAE's own.
@@ -50,13 +51,14 @@ def make_discriminator(config, model, devices=1):
     return PatchDiscriminator(loss.disc_width, loss.disc_layers, model.dtype, groups)
 
 
-def eq_gradients(config, model, devices=1):
+def eq_gradients(config, model, devices=1, shardings=None):
     """Returns gradients(params, buffers, lpips, batch, tau, key, step) -> (gradients, metrics, buffers).
 
     params: {"autoencoder"[, "discriminator"]}. buffers: the discriminator's batch statistics. lpips: parameters of
     `features.lpips`, or None. batch: {"image": uint8 (B, H, W, 3), "index": (B,)}. tau: an `equivariance.Tau`. step:
     compared with loss.disc_start. Both sides of the GAN come from one forward pass, at the same parameters; the
-    released code makes two, with a new tau for each.
+    released code makes two, with a new tau for each. devices: how many share a batch. shardings: of params, where those
+    may be split over devices.
     """
     loss, discriminator, variational = config.loss, make_discriminator(config, model, devices), model.kind == "kl"
     explicit, constant_target = EXPLICIT.get(config.equivariance.objective, (False, False))
@@ -66,11 +68,16 @@ def eq_gradients(config, model, devices=1):
     kl_weight = jnp.float32(loss.kl_weight if variational else 0.0)
     interpolation = dict(method=config.equivariance.method, antialias=config.equivariance.antialias)
 
+    def gathered(params, role="autoencoder"):
+        if shardings is None:
+            return params
+        return whole(params, {name: shardings[role][name] for name in params})
+
     @partial(jax.jit, static_argnames=("size", "static_turns"))
     def encode(encoding, image, turns, size, static_turns):
         turns = turns if static_turns is None else static_turns
         x = equivariance.apply_tau(to_float(image), size, turns, **interpolation)  # (B, H, W, 3)
-        posterior, pull = jax.vjp(lambda p: model.apply({"params": p}, x, method="encode"), encoding)
+        posterior, pull = jax.vjp(lambda p: model.apply({"params": gathered(p)}, x, method="encode"), encoding)
         return x, posterior, pull
 
     @partial(jax.jit, static_argnames=("size", "image_size", "static_turns"))
@@ -98,7 +105,7 @@ def eq_gradients(config, model, devices=1):
     @jax.jit
     def decode(decoding, critic, lpips, z, x, step):
         def decoder(p, z):
-            y, features, quantized = model.apply({"params": p}, z, method="decode_with_features")
+            y, features, quantized = model.apply({"params": gathered(p)}, z, method="decode_with_features")
             if variational:
                 return (y, jnp.zeros(())), (features, {})
             codebook = losses.codebook_loss(z, quantized.codes, loss.codebook_beta, loss.codebook_legacy)
@@ -128,8 +135,8 @@ def eq_gradients(config, model, devices=1):
     def adversary(critic, decoding, features, x, y, nll_y):
         """Both sides of the GAN from one pass over the real and one over the reconstructed images."""
         def judge(params, image, running):  # separate calls: batch statistics of real and fake must not mix
-            return discriminator.apply({"params": params, "batch_stats": running}, image, train=True,
-                                       mutable=["batch_stats"])
+            return discriminator.apply({"params": gathered(params, "discriminator"), "batch_stats": running}, image,
+                                       train=True, mutable=["batch_stats"])
 
         judge_fake = lambda params, y: judge(params, y, critic["batch_stats"])
         fake, pull_fake, new = jax.vjp(judge_fake, critic["params"], y, has_aux=True)

@@ -74,7 +74,6 @@ def autoencoder_task(config, model, params, mesh, lpips=None, critic=None) -> Ta
                          "--config.loss.lpips_weights, or --config.loss.perceptual_weight=0.")
     lpips = lpips and replicate(mesh, lpips)
     discriminator = make_discriminator(config, model, mesh.size)
-    gradients = eq_gradients(config, model, mesh.size)
     optimizer, schedule = make_optimizer(config.optimizer, config.training.steps)
     sampling = dict(config.equivariance)
     sampling.pop("objective")
@@ -94,6 +93,7 @@ def autoencoder_task(config, model, params, mesh, lpips=None, critic=None) -> Ta
 
     init = jax.tree_util.Partial(init, params, critic)
     shardings = state_shardings(mesh, state_shapes(init, root), config.mesh)
+    gradients = eq_gradients(config, model, mesh.size, shardings.params)
 
     @partial(jax.jit, donate_argnums=0)
     def add(total, new):

@@ -13,7 +13,7 @@ from eqvae_jax.generators.repa import alignment_loss
 from eqvae_jax.training.loop import Task
 from eqvae_jax.training.optimizer import ema_update, guarded, make_optimizer
 from eqvae_jax.training.programs import call
-from eqvae_jax.training.sharding import replicate, state_shardings
+from eqvae_jax.training.sharding import replicate, state_shardings, whole
 from eqvae_jax.training.state import TrainState, state_shapes
 
 ROLE = "generator"  # in the state's dicts
@@ -83,6 +83,7 @@ def generator_task(config, model, process, space, mesh, *, alignment=None, previ
         return space.to_model(batch["mean"] + batch["std"] * noise)                    # (B,h,w,C)
 
     def losses(params, alignment, batch, labels, key, dropout=None):
+        params = whole(params, shardings.params[ROLE])
         posterior, rest = jax.random.split(key)
         seen = process.corrupt(latents(batch, posterior), rest, batch["index"])
         output = predict(model, params, seen.x_t, seen.t, labels, dropout)
