@@ -110,7 +110,10 @@ def main():
 
     def keep(key, config, topology, extra=()):
         if key not in plans:
-            plans[key] = plan(config, topology, extra)
+            found = plan(config, topology, extra)
+            if "does not fit" not in found.get("error", "does not fit"):  # of nothing that is worth keeping
+                raise SystemExit(f"{key}: {found['error']}")
+            plans[key] = found
             cache.write_text(json.dumps(plans, indent=1) + "\n")
             write(plans, docs)
 
