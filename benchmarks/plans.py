@@ -80,11 +80,12 @@ def weak_scaling(plans, output):
         size = gradients(plans[weak_key(WEAK[0], False)])
         axes.plot(chips, [formula * size * (n - 1) / n / 1e9 for n in chips], "--", color=color,
                   label=f"{law}, with P = {size / 1e9:.2f} GB")
-    axes.set(xscale="log", xlabel="chips (v5e), 4 images each", ylabel="GB sent by a chip in a step", ylim=(0, None),
+    axes.set(xscale="log", xlabel="chips (v5e), 4 images each", ylabel="GB sent by a chip in a step",
+             ylim=(0, 1.1 * axes.get_ylim()[1]),
              title="DiT-XL/2: what a chip sends does not grow with the slice")
     axes.set_xticks([16, 64, 256], ["16", "64", "256"])
     axes.minorticks_off()
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower right")
     figure.savefig(output, dpi=150)
 
 
@@ -110,7 +111,10 @@ def main():
 
     def keep(key, config, topology, extra=()):
         if key not in plans:
-            plans[key] = plan(config, topology, extra)
+            found = plan(config, topology, extra)
+            if "does not fit" not in found.get("error", "does not fit"):  # of nothing that is worth keeping
+                raise SystemExit(f"{key}: {found['error']}")
+            plans[key] = found
             cache.write_text(json.dumps(plans, indent=1) + "\n")
             write(plans, docs)
 
