@@ -40,8 +40,8 @@ RESTART = 75  # sysexits' EX_TEMPFAIL: another process was lost; the same comman
 UNREACHABLE = "{}, which keeps the others together, cannot be reached"
 LAST = 24 * 3600.0  # seconds that finished processes wait for the others, which are alive
 # What collectives raise where the process at the other end is gone; the watch then says which it was.
-_BROKEN = re.compile(r"gloo|nccl|rccl|unavailable|coordination service|deadline_exceeded|connection (reset|closed)|"
-                     "heartbeat", re.IGNORECASE)
+_BROKEN = re.compile("Gloo|NCCL|RCCL|UNAVAILABLE:|DEADLINE_EXCEEDED:|coordination service|heartbeat|"
+                     "Connection (reset|closed) by peer")
 
 
 class Disagreement(ValueError):
@@ -88,10 +88,13 @@ class Group:
 
     def watch(self):
         """Begins to give signs of life and to look for those of the others."""
-        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        self._polled = time.monotonic()
+        for work in self._watch, self._watch_the_watch:
+            threading.Thread(target=work, name=work.__name__, daemon=True).start()
 
     def _watch(self):
-        beat, seen = 0, {k: (None, time.monotonic()) for k in range(self.count) if k != self.index}
+        beat, turn, seen = 0, time.monotonic(), {k: (None, time.monotonic()) for k in range(self.count)
+                                                 if k != self.index}
         while not self._leaving.wait(self.every):
             beat += 1
             try:
@@ -99,25 +102,39 @@ class Group:
                 life, ended = self.all("life"), self.all("ended")
             except Exception:  # of a service that is gone
                 return self.lose(UNREACHABLE.format(self.name(0)), tell=False)
-            now = time.monotonic()
-            for k, (last, when) in list(seen.items()):
+            now = self._polled = time.monotonic()
+            if now - turn > 4 * self.every:  # this process stood still itself, and has not listened
+                seen = {k: (None, now) for k in seen}
+            turn = now
+            for k, (last, when) in seen.items():
                 if end := ended.get(k):
-                    if end["code"]:
-                        self.lose(end["reason"])
-                    del seen[k]
+                    # What a person must mend is not to be tried again on the other hosts.
+                    self.lose(end["reason"], code=end["code"] if end["code"] in (1, 2, 130) else RESTART)
                 elif life.get(k) != last:
                     seen[k] = life[k], now
                 elif now - when > self.limit:
                     self.lose(f"{self.name(k)} has given no sign of life for {self.limit:.0f} s")
 
-    def lose(self, message, tell=True):
+    def _watch_the_watch(self):
+        """Asking process 0 has no time limit where its host hangs or has lost power."""
+        turn = time.monotonic()
+        while not self._leaving.wait(self.every):
+            now = time.monotonic()
+            if now - turn > 4 * self.every:
+                self._polled = now
+            turn = now
+            if self.index and now - self._polled > self.limit:
+                self.lose(UNREACHABLE.format(self.name(0)), tell=False)
+
+    def lose(self, message, tell=True, code=RESTART):
         """Ends this process, because another one is gone: a collective would wait for it for ever."""
         with self._lock:
             if self._leaving.is_set():
                 return
             self._leaving.set()
-            self._end(RESTART, message, tell, f"\n{message}. {self.name(self.index)} stops too; what is complete on "
-                      "disk is kept, and the same command on all hosts, also on fewer, goes on from there.")
+            kept = ("; what is complete on disk is kept, and the same command on all hosts, also on fewer, goes on from "
+                    "there") if code == RESTART else ""
+            self._end(code, message, tell, f"\n{message}. {self.name(self.index)} stops too{kept}.")
 
     def leave(self, code):
         """Ends with an exit code, and tells the others: they go on to their own end (0), or stop too. May not return.
@@ -126,7 +143,6 @@ class Group:
             self.barrier("the end", LAST)
             with self._lock:
                 self._leaving.set()
-            self.put("ended", {"code": 0})
             import jax
 
             jax.distributed.shutdown()
@@ -139,20 +155,22 @@ class Group:
 
     def _end(self, code, reason, tell=True, say=""):
         self.code, self.say = code, say
-        try:
-            if tell:
-                self.put("ended", {"code": code, "reason": reason})
-                time.sleep(4 * self.every)  # for the others to read it: with process 0 goes what it is written on
-        finally:
-            self.exit()
+        if tell:  # from a thread: with a host that hangs it may take for ever
+            telling = threading.Thread(target=lambda: self.put("ended", {"code": code, "reason": reason}), daemon=True)
+            telling.start()
+            telling.join(4 * self.every)
+            time.sleep(4 * self.every)  # for the others to read it: with process 0 goes what it is written on
+        self.exit()
 
     def exit(self):
         """Ends now, not by exit handlers, which would wait for the others."""
-        if self.say:  # last, behind what the main thread and JAX say of a broken collective
-            print(self.say, file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(self.code)
+        try:
+            if self.say:  # last, behind what the main thread and JAX say of a broken collective
+                print(self.say, file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(self.code)
 
 
 _group = None
@@ -182,25 +200,28 @@ def start(coordinator=None, processes=None, process=None, *, stops=True):
     jax.config.update("jax_enable_preemption_service", not stops)
     state = distributed.global_state
     address = found.get("coordinator_address", "the coordinator")
+    if found.get("process_id") == 0:
+        _check_port(address)
     missing = (f"not all processes met at {address} within {patience:.0f} s: start the command on every host, and let "
                "them reach that port.")
     forget = _explain_aborts(lambda: state.coordinator_address, missing)
     try:
         jax.distributed.initialize(**found, **limits)
-    except ValueError as error:
-        if found or "coordinator_address" not in str(error):
-            raise
-        return forget()  # libtpu is here, and no slice of several hosts
     except RuntimeError as error:
+        if not re.search("DEADLINE|[Tt]imed out|[Tt]imeout", str(error)):
+            raise
         raise RuntimeError(missing) from error
     if state.num_processes == 1:
-        return forget()
+        forget()
+        jax.distributed.shutdown()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which JAX's preemption service has taken
+        return
     _group = Group(state.client, state.coordinator_address, state.num_processes, state.process_id, limit)
     _group.put("host", socket.gethostname())
     _group.barrier("the start", patience)
     _group.hosts = _group.all("host")
     _group.watch()
-    if _group.index:
+    if jax.process_index():
         sys.stdout = open(os.devnull, "w")  # tables and reports are the first process's; errors are everyone's
     if threading.current_thread() is threading.main_thread():
         if stops:
@@ -285,7 +306,7 @@ def agree(name, facts, limit=None):
     """Compares what all processes know under `name`.
 
     Args:
-      facts: dict, name -> a value that JSON can write, compared as such.
+      facts: dict, name -> a value that JSON can write, compared as such; or a function that returns it.
       limit: seconds to wait for the others; None: EQVAE_START_LIMIT.
     Raises:
       Disagreement: naming each fact that differs, its values, and which processes have them. All processes raise it.
@@ -293,9 +314,10 @@ def agree(name, facts, limit=None):
     """
     if not _group:
         return
-    _group.barrier(f"{name}: all are here", limit or _seconds("EQVAE_START_LIMIT", 300))
-    _group.put(f"facts/{name}", facts)
-    _group.barrier(name, _group.limit)
+    limit = limit or _seconds("EQVAE_START_LIMIT", 300)
+    _group.barrier(f"{name}: all are here", limit)
+    _group.put(f"facts/{name}", facts() if callable(facts) else facts)
+    _group.barrier(name, limit)
     told = _group.all(f"facts/{name}")
     lines = []
     for fact in dict.fromkeys(fact for one in told.values() for fact in one):
@@ -338,7 +360,7 @@ def shared(directory):
     path = pathlib.Path(directory) / ".seen_by_all_processes"
     if _group.index == 0:
         path.write_text(secrets.token_hex(8))
-    meet("the directory is marked")
+    meet("the directory is marked", LAST)  # others may still be downloading, or reading a long list of files
     seen = path.read_text() if path.exists() else "not the one of process 0"
     meet("the directory is looked at")
     if _group.index == 0:
@@ -375,13 +397,32 @@ def _told(coordinator, processes, process):
 def _detected():
     """Arguments of jax.distributed.initialize for what started this process; None where that was nobody."""
     environment = os.environ
-    if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in environment:
+    tasks = int(environment.get("SLURM_NTASKS", 1))
+    if tasks > 1 and "SLURM_STEP_NODELIST" in environment:
+        gpus = environment.get("SLURM_GPUS_ON_NODE", "")
+        if tasks == int(environment.get("SLURM_NNODES", 0)) and gpus.isdecimal():
+            # JAX would take one GPU a task; the only task of a node takes all.
+            environment.setdefault("JAX_LOCAL_DEVICE_IDS", ",".join(map(str, range(int(gpus)))))
         return {"cluster_detection_method": "slurm"}
     if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         return {"cluster_detection_method": "ompi"}
     if importlib.util.find_spec("libtpu") and environment.get("JAX_PLATFORMS", "tpu") in ("", "tpu", "tpu,cpu"):
-        return {}
+        from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
+
+        return {} if running_in_cloud_tpu_vm else None  # libtpu alone may be there to plan with
     return None
+
+
+def _check_port(address):
+    """Raises RuntimeError where another program has the coordinator's port: JAX would crash."""
+    port = int(address.rpartition(":")[2])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise RuntimeError(f"process 0 cannot listen at port {port} of {address} ({error.strerror}): name another "
+                               "--coordinator on all hosts.") from None
 
 
 def _seconds(name, default):
@@ -411,7 +452,7 @@ def _explain_aborts(address, missing):
     address: () -> that of process 0. missing: what to say before all have met. Returns what undoes it.
     """
     libc = ctypes.CDLL(None)
-    libc.signal.restype = ctypes.c_void_p
+    libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
 
     def handle(number):
         if _group is None:
@@ -424,9 +465,10 @@ def _explain_aborts(address, missing):
             socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
         except OSError:
             _group.lose(UNREACHABLE.format(_group.name(0)), tell=False)
-        libc.signal(number, None)  # SIG_DFL: process 0 is there, so this abort is about something else
+        libc.signal(number, before)  # process 0 is there, so this abort is about something else: faulthandler's
+        signal.raise_signal(number)
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)
     _explain_aborts.kept = handler  # C does not count references
-    libc.signal(signal.SIGABRT, handler)
-    return lambda: libc.signal(signal.SIGABRT, None) and None
+    before = libc.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
+    return lambda: libc.signal(signal.SIGABRT, before)

@@ -25,7 +25,7 @@ from eqvae_jax import distributed, weights
 from eqvae_jax.backend import use_compilation_cache
 from eqvae_jax.data import latent_cache, latent_records
 from eqvae_jax.data.images import TooManyBroken
-from eqvae_jax.data.sources import open_source
+from eqvae_jax.data.sources import fingerprint, open_source
 from eqvae_jax.run.encoding import latent_and_mirrored, write_shards
 from eqvae_jax.training.sharding import make_mesh
 
@@ -60,6 +60,8 @@ def encode(options):
                          "host: take a multiple.")
     source = open_source(options.images)
     model, params, spec = weights.load_autoencoder(options.autoencoder)
+    distributed.agree("the images and the autoencoder", lambda: {
+        options.images: fingerprint(source), options.autoencoder: spec.hash})
     options.dtype = stored_dtype(options.dtype, model, spec)
     side, factor = options.image_size, model.downsampling
     if side < factor or side % factor:

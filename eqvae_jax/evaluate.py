@@ -74,6 +74,7 @@ def _autoencoders(options, output):
     protocol = _protocol(options)
     batches, broken = comparison.open_batches(protocol)
     models = {name: weights.load_autoencoder(text) for name, text in comparison.named(options.autoencoder).items()}
+    distributed.agree("the autoencoders", {name: spec.hash for name, (_, _, spec) in models.items()})
     lpips = weights.load_lpips(options.lpips) if options.lpips else None
     extractor = None
     if options.features:

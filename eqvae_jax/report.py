@@ -15,6 +15,8 @@ import json
 import pathlib
 import sys
 
+import jax
+
 from eqvae_jax import weights
 from eqvae_jax.atomic import whole
 from eqvae_jax.backend import use_compilation_cache
@@ -129,7 +131,9 @@ def compare(
     for name, workdir in runs.items():
         step = max(saved_steps(workdir), default=None)
         document["runs"][name] = {"workdir": str(workdir), "step": step, "config": configs[name]}
-    write(document, exhibits.collect(models, batches, protocol, count=shown), histories, output)
+    shown = exhibits.collect(models, batches, protocol, count=shown)
+    if jax.process_index() == 0:
+        write(document, shown, histories, output)
     return document
 
 

@@ -46,9 +46,8 @@ def check(config, model, mesh):
     if config.data.batch_size % micro:
         raise ValueError(f"data.batch_size is {config.data.batch_size}; it must be a multiple of {mesh.size} devices x "
                          f"training.accumulate {config.training.accumulate} = {micro}.")
-    if config.data.evaluation_batch_size < 1 or config.data.evaluation_batch_size % mesh.size:
-        raise ValueError(f"data.evaluation_batch_size is {config.data.evaluation_batch_size}; it must be a multiple "
-                         f"of the {mesh.size} devices.")
+    if config.data.evaluation_batch_size < 1:  # it is rounded up to the devices
+        raise ValueError(f"data.evaluation_batch_size is {config.data.evaluation_batch_size}; it must be at least 1.")
     uses_tau = config.equivariance.p_equivariance or config.equivariance.p_low_resolution
     smallest = (min(sizes) if uses_tau else side // factor) * factor
     for used, needed, name in ((config.loss.disc_weight, 3 * 2**config.loss.disc_layers, "the discriminator"),

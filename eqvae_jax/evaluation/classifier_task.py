@@ -22,9 +22,10 @@ def to_float(image):
 def check(config, mesh):
     """Raises ValueError, naming the config's field, where numbers do not fit together; before anything is compiled."""
     data, model = config.data, config.model
-    for name in ("batch_size", "evaluation_batch_size"):
-        if data[name] < 1 or data[name] % mesh.size:
-            raise ValueError(f"data.{name} is {data[name]}; it must be a multiple of the {mesh.size} devices.")
+    if data.batch_size < 1 or data.batch_size % mesh.size:
+        raise ValueError(f"data.batch_size is {data.batch_size}; it must be a multiple of the {mesh.size} devices.")
+    if data.evaluation_batch_size < 1:  # it is rounded up to the devices
+        raise ValueError(f"data.evaluation_batch_size is {data.evaluation_batch_size}; it must be at least 1.")
     if data.image_size < 4:
         raise ValueError(f"data.image_size is {data.image_size}; the network needs 4 pixels.")
     if min(model.channels, model.feature_size) < 1 or model.classes < 2:

@@ -20,8 +20,9 @@ import sys
 
 import jax
 
+from eqvae_jax import distributed
 from eqvae_jax.data.images import evaluation_batches
-from eqvae_jax.data.sources import open_source
+from eqvae_jax.data.sources import fingerprint, open_source
 from eqvae_jax.evaluation import feature_sets, latents, metrics, provenance, reconstruction, rfid, tables, transforms
 from eqvae_jax.features.lpips import SMALLEST as LPIPS_SMALLEST
 
@@ -98,9 +99,10 @@ def open_batches(protocol):
 
     Raises ValueError for a reference that names nothing, an empty set, or sizes that cannot work.
     """
-    broken = {}
+    broken, source = {}, open_source(protocol.images)
+    distributed.agree("the images", lambda: {protocol.images: fingerprint(source)})
     batches = evaluation_batches(
-        open_source(protocol.images),
+        source,
         image_size=protocol.image_size,
         batch_size=protocol.batch_size,
         limit=protocol.limit,

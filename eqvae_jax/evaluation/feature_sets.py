@@ -27,7 +27,7 @@ from eqvae_jax.evaluation.samples import checked_images
 from eqvae_jax.features.classifier import Classifier
 from eqvae_jax.features.inception import PROTOCOLS, inception_features
 from eqvae_jax.training.metrics import fetch
-from eqvae_jax.training.sharding import devices_for, scatter
+from eqvae_jax.training.sharding import devices_for, replicate, scatter
 from eqvae_jax.weights.autoencoders import parameter_hash
 from eqvae_jax.weights.errors import WeightsError
 from eqvae_jax.weights.tables import check_parameters
@@ -106,7 +106,7 @@ def _spread(compute, params):
         devices = devices_for(len(images))
         mesh = Mesh(np.array(devices), ("data",))
         if len(devices) not in placed:
-            placed[len(devices)] = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+            placed[len(devices)] = replicate(mesh, params)
         with jax.default_matmul_precision("highest"):  # the accelerators' default is TF32 or bf16
             rows = NamedSharding(mesh, PartitionSpec("data"))
             images = jax.device_put(images, rows) if isinstance(images, jax.Array) else scatter(images, rows)

@@ -1,10 +1,12 @@
 """Whole sets of images by reference, generated or real, for metrics of distributions: 8-bit, of one size, streamed."""
 
+import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+from eqvae_jax import distributed
 from eqvae_jax.data.images import evaluation_batches
-from eqvae_jax.data.sources import BrokenExample, open_source
+from eqvae_jax.data.sources import BrokenExample, fingerprint, open_source
 from eqvae_jax.evaluation.samples import Samples, open_samples, read_images
 
 
@@ -55,8 +57,16 @@ def open_sets(references, image_size=None):
         if name not in files and (size is None or size[0] != size[1]):
             problem = f"the .npz holds images of {by(size)}" if size else "nothing says which: give image_size"
             raise ValueError(f"{name} ({text}) must be cut to squares of one size, and {problem}.")
-    return {name: _from_file(text, files[name]) if name in files else _from_source(text, size)
+    sets = {name: _from_file(text, files[name]) if name in files else _from_source(text, size)
             for name, text in references.items()}
+    distributed.agree("the sets of images", lambda: {name: _fingerprint(one) for name, one in sets.items()})
+    return sets
+
+
+def _fingerprint(images):
+    if images.samples:
+        return f"{images.count:,} images in {pathlib.Path(images.samples.path).stat().st_size} bytes"
+    return fingerprint(open_source(images.reference))
 
 
 def by(size):

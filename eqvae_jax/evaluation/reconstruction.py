@@ -25,7 +25,7 @@ from eqvae_jax.evaluation.rfid import Pairs
 from eqvae_jax.evaluation.transforms import family_means
 from eqvae_jax.features.lpips import lpips as lpips_distance
 from eqvae_jax.training.metrics import to_host
-from eqvae_jax.training.sharding import devices_for, scatter
+from eqvae_jax.training.sharding import devices_for, replicate, scatter
 
 
 @functools.cache
@@ -256,7 +256,7 @@ def placed_batches(batches, params, progress, name):
         rows = len(batch["image"])
         mesh = Mesh(np.array(devices_for(rows)), ("data",))
         if placed is None:
-            placed = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+            placed = replicate(mesh, params)
         number = np.arange(step * rows, (step + 1) * rows, dtype=np.int32)
         image, number = (scatter(array, NamedSharding(mesh, PartitionSpec("data")))
                          for array in (batch["image"], number))

@@ -80,6 +80,8 @@ def train(config, workdir):
     mesh, data, accumulate = make_mesh(config.mesh), config.data, config.training.accumulate
     source, batches = open_images(config)  # a mistyped directory shows before anything is downloaded
     model, params, spec = weights.load_autoencoder(config.init, seed=config.seed)
+    seen = batches.identity
+    batches = batches._replace(identity=lambda: seen() | {config.init: spec.hash})
     spec = with_published_scale(config, model, spec)
     model = model.clone(dtype=config.model.dtype, remat=config.model.remat)
     if not data.batch_size:  # a run keeps the batch it began with when it goes on with other devices

@@ -52,7 +52,7 @@ def write_shards(cache, cuts, source, encode, mesh, options):
     """
     mine = range(jax.process_index(), len(cuts), jax.process_count())
     kept = {k: entry for k in mine if (entry := cache.finished(k))}
-    distributed.meet("shards are verified")
+    distributed.meet("shards are verified", distributed.LAST)
     todo = [k for k in mine if k not in kept]
     broken = [example for entry in kept.values() for example in entry["broken"]]
     share = options.broken_limit * sum(len(cuts[k]) for k in mine)

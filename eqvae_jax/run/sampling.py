@@ -9,7 +9,7 @@ from eqvae_jax.generators.draws import example_keys
 from eqvae_jax.generators.networks import sees_tokens
 from eqvae_jax.generators.process import make_images
 from eqvae_jax.training.metrics import to_host
-from eqvae_jax.training.sharding import AXES, scatter
+from eqvae_jax.training.sharding import AXES, replicate, scatter
 
 
 class NotFinite(ValueError):
@@ -39,7 +39,7 @@ class Sampler:
                              f"{getattr(decoder, 'codebook_size', 'no')}.")
         self.model, self.mesh, self.batch = model, mesh, -(-batch // mesh.size) * mesh.size
         self._key = jax.random.key(seed)
-        self._decoder = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        self._decoder = replicate(mesh, params)
         if sees_tokens(model):
             decode = lambda params, ids: decoder.apply({"params": params}, ids, method="decode_indices")
         else:
@@ -59,7 +59,7 @@ class Sampler:
 
     def place(self, params):
         """The generator's parameters on every device."""
-        return jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))
+        return replicate(self.mesh, params)
 
     def labels(self, policy, numbers):
         """int32 (N,): "uniform", drawn as DiT's released command does; "balanced", 0, 1, .. in turn; or one class."""

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import operator
+import threading
 import warnings
 
 import jax
@@ -29,6 +30,13 @@ def saved_steps(workdir):
     """
     directory = local_path(workdir) / "checkpoints"
     return sorted(int(path.name) for path in directory.glob("*") if path.is_dir() and path.name.isdecimal())
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which does not ask by itself whether the processes are about to be stopped: StopRequest does."""
+
+    def reached_preemption(self, step):
+        return False
 
 
 class Checkpoints:
@@ -58,10 +66,10 @@ class Checkpoints:
                 keep_checkpoints_without_metrics=False)])
             best = {"best_fn": value, "best_mode": settings.best_mode}  # without it Orbax writes no metrics
         options = ocp.CheckpointManagerOptions(
-            cleanup_tmp_directories=True, preservation_policy=policy, **best,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._complete))
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "config"))
+            cleanup_tmp_directories=True, preservation_policy=policy, **best)
+        self._manager = _Manager(self.directory, options=options, item_names=("state", "config"))
         self._saving = None  # the step of the newest save begun; errors of the background come later
+        self._added_up, self._adder = None, None  # the newest step whose files' sums are taken, and by which thread
 
     @property
     def last_good(self):
@@ -85,27 +93,33 @@ class Checkpoints:
             ranked = None  # NaN would make the ranking meaningless
         self.wait()
         self._saving = step
+        if jax.process_index() == 0:
+            checksums.forget(self.directory / str(step))  # of one that was set aside
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(self._config))
         with self._failures_explained():
             saved = self._manager.save(step, args=items, metrics=ranked)
         if not saved:  # all that Orbax says of an existing or older step
             raise ValueError(f"cannot save step {step}: step {self._manager.latest_step()} is already there")
 
-    def _complete(self):
-        """In the background, once all is written and before it gets its name: remembers what its files are."""
-        if jax.process_index() == 0:
-            unnamed, = self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
-            checksums.record(unnamed, self.directory / str(self._saving))
-
     def wait(self):
         """Returns when everything is on disk; raises SaveError where it could not be written."""
         with self._failures_explained():
             self._manager.wait_until_finished()
+        self._add_up()
 
     def check(self):
         """Raises SaveError if a save in the background has failed by now."""
         with self._failures_explained():
             self._manager.check_for_errors()
+        self._add_up()
+
+    def _add_up(self):
+        """Once the newest save is complete, remembers what its files are, beside training."""
+        checkpoint = self.directory / str(self._saving)
+        if jax.process_index() == 0 and self._saving not in (None, self._added_up) and checkpoint.is_dir():
+            self._added_up = self._saving
+            self._adder = threading.Thread(target=_record, args=(checkpoint,), name="checksums")
+            self._adder.start()
 
     def restore(self, shapes):
         """Returns (state, step) of the newest checkpoint that is whole and can be read, or None where there is none.
@@ -120,11 +134,14 @@ class Checkpoints:
             if problem := self._problem(step):
                 failures[step] = problem
                 continue
+            state = failure = None
             try:
                 items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
                 state = self._manager.restore(step, args=items).state
             except Exception as error:  # Orbax raises many types for missing and damaged files
-                failures[step] = f"{type(error).__name__}: {_first_line(error)}"
+                failure = f"{type(error).__name__}: {_first_line(error)}"
+            if failure := _any(distributed.gather(f"checkpoint {step} is restored", failure)):
+                failures[step] = failure
                 continue
             self._set_aside(failures, step)
             return state, step
@@ -136,32 +153,24 @@ class Checkpoints:
         return None
 
     def _problem(self, step):
-        """What the first process finds wrong with a checkpoint's files: all hosts read the same one, or none does."""
-        leads = jax.process_index() == 0
-        found = checksums.problem(self.directory / str(step)) if leads else None
-        return distributed.gather(f"checkpoint {step} is looked at", found)[0]
+        """What the first process finds wrong with a checkpoint's files, for all to know."""
+        found = checksums.problem(self.directory / str(step)) if jax.process_index() == 0 else None
+        return _any(distributed.gather(f"checkpoint {step} is looked at", found))
 
     def _set_aside(self, failures, restored):
         for step, reason in failures.items():
             broken = self.directory / str(step)
             target = self._workdir / "broken_checkpoints" / str(step)
-            warnings.warn(f"the checkpoint {broken} cannot be restored ({reason}); going on from step "
-                          f"{restored}, and keeping the broken one in {target.parent}", stacklevel=3)
             if jax.process_index() == 0:
+                warnings.warn(f"the checkpoint {broken} cannot be restored ({reason}); going on from step "
+                              f"{restored}, and keeping the broken one in {target.parent}", stacklevel=3)
                 target.parent.mkdir(exist_ok=True)
                 while target.exists():
                     target = target.with_name(target.name + "_again")
                 broken.rename(target)
         if failures:
-            ocp.multihost.sync_global_processes("broken checkpoints set aside")
+            distributed.meet("broken checkpoints are set aside")
             self._manager.reload()
-
-    def reached_preemption(self, step):
-        """Tells, on every host at the same step, whether the scheduler is about to take the machine away.
-
-        Only in runs of several processes; every one of them must ask at every step.
-        """
-        return jax.process_count() > 1 and self._manager.reached_preemption(step)
 
     def __enter__(self):
         return self
@@ -175,6 +184,8 @@ class Checkpoints:
             failure = failure or failed
         with contextlib.suppress(Exception) if failure else contextlib.nullcontext():
             self._manager.close()  # which says once more that the save failed
+        if self._adder:
+            self._adder.join()
         if failure is not error:
             raise failure
 
@@ -189,6 +200,18 @@ class Checkpoints:
                 f"cannot save the checkpoint of step {self._saving} into {self.directory}: {reason}\n"
                 f"the last good checkpoint is {self.describe_last_good()}; free some space, then give the "
                 "same command again to go on from there") from error
+
+
+def _record(checkpoint):
+    try:
+        checksums.record(checkpoint)
+    except OSError as error:  # it is a checkpoint without them, unless it is gone by now
+        if checkpoint.is_dir():
+            warnings.warn(f"the checksums of {checkpoint} cannot be kept ({error.strerror or error})", stacklevel=2)
+
+
+def _any(values):
+    return next(filter(None, values), None)
 
 
 def _first_line(error):

@@ -10,23 +10,28 @@ import json
 from eqvae_jax.atomic import whole
 
 
-def record(files_in, checkpoint):
-    """Writes the sums of the files that a checkpoint will have, and forgets those of checkpoints that are gone.
-
-    files_in: the directory that they are in now, before it gets the checkpoint's name.
-    """
-    files = _files(files_in)
+def record(checkpoint):
+    """Writes the sums of a complete checkpoint's files, and forgets those of checkpoints that are gone."""
+    files = _files(checkpoint)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         sums = pool.map(_sum, files.values())
     with whole(_beside(checkpoint)) as partial:
         partial.write_text(json.dumps(dict(zip(files, sums, strict=True)), indent=0, sort_keys=True))
     for path in _beside(checkpoint).parent.glob("*.json"):
-        if path.stem != checkpoint.name and not (checkpoint.parent / path.stem).exists():
+        if not (checkpoint.parent / path.stem).exists():
             path.unlink(missing_ok=True)
 
 
+def forget(checkpoint):
+    """Removes the sums of a checkpoint, which is about to be written anew."""
+    _beside(checkpoint).unlink(missing_ok=True)
+
+
 def problem(checkpoint):
-    """A sentence about the first file that is not as it was written, or None; None too where there are no sums."""
+    """A sentence about the first file that is not as it was written, or None.
+
+    None too where there are no sums: of a run that was killed before they were taken.
+    """
     beside = _beside(checkpoint)
     if not beside.exists():
         return None
@@ -34,7 +39,13 @@ def problem(checkpoint):
         written = json.loads(beside.read_text())
     except ValueError:  # a machine that lost power can leave an empty file
         return None
-    files = _files(checkpoint)
+    try:
+        return _compare(written, _files(checkpoint))
+    except OSError as error:
+        return f"its files cannot be read ({error.strerror or error})"
+
+
+def _compare(written, files):
     for name, (size, _) in written.items():
         if name not in files:
             return f"{name} is missing"

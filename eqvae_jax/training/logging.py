@@ -169,7 +169,7 @@ class Progress:
         """values: {name: number}; "steps_per_second" among them also gives the time left."""
         rate = values.get("steps_per_second")
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items()
-                          if name != "steps_per_second" and (value or not name.endswith("_seconds")))
+                          if name != "steps_per_second" and (value > 1e-3 or not name.endswith("_seconds")))
         if self._bar is not None and split == "train":
             self._bar.set_postfix_str(shown)
         elif rate:

@@ -66,7 +66,8 @@ def train(task, data, config, workdir, mesh):
     _validate(config)
     workdir = prepare(workdir, config, started=bool(saved_steps(workdir)))
     if not distributed.alone():
-        distributed.agree(f"the run in {workdir}", _facts(workdir, data))
+        seen = distributed.shared(workdir)
+        distributed.agree(f"the run in {workdir}", lambda: {"the workdir": seen} | _facts(workdir, data))
     with contextlib.ExitStack() as run:
         checkpoints = run.enter_context(Checkpoints(workdir, config))
         run.enter_context(_disk_errors_explained(checkpoints))
@@ -77,7 +78,7 @@ def train(task, data, config, workdir, mesh):
         progress = run.enter_context(Progress(start, settings.steps))
         writer = run.enter_context(Writer(workdir, start))
         ledger = run.enter_context(CompileLedger())
-        stop = run.enter_context(StopRequest(progress.say, checkpoints.reached_preemption))
+        stop = run.enter_context(StopRequest(progress.say))
         warm_up = run.enter_context(WarmUp(progress.say))
 
         def observe(state, done):
@@ -109,7 +110,7 @@ def train(task, data, config, workdir, mesh):
             progress.advance()
 
             done = step + 1
-            stopping, last = stop.requested(done), done == settings.steps
+            stopping, last = stop.requested(), done == settings.steps
             if _due(settings.log_every, done, last):
                 means = interval.means()
                 means["skipped"] = check_health(state, done, settings.max_skipped, checkpoints)
@@ -153,8 +154,7 @@ def _utilisation(task, mesh, say):
 
 def _facts(workdir, data):
     kinds = Counter(device.device_kind for device in jax.local_devices())
-    return {"the workdir": distributed.shared(workdir), "checkpoints in it": saved_steps(workdir),
-            "devices of a process": dict(kinds)} | data.identity()
+    return {"checkpoints in it": saved_steps(workdir), "devices of a process": dict(kinds)} | data.identity()
 
 
 def _save(checkpoints, state, step, settings, evaluated=None):

@@ -1,13 +1,18 @@
 """How a run ends before its last step: asked to by a signal, or because the updates are no longer finite."""
 
+import itertools
 import os
 import signal
 import threading
 import time
 
 import jax
+from jax.experimental import multihost_utils
 
 TWICE = 2.0  # seconds within which two SIGTERM are one
+# JAX stops all processes at the number after the highest that any has asked with, and never at one that is passed over:
+# a notice that comes before a resumed run's first step, or between two stages, needs numbers that go on from 0.
+_ASKED = itertools.count()
 
 
 class Diverged(RuntimeError):
@@ -23,9 +28,9 @@ class StopRequest:
     to stop at: a handler of our own would replace its own, and one host stopping alone would hang the others.
     """
 
-    def __init__(self, say, reached_preemption):
-        """say: prints a line; reached_preemption: step -> bool, the same answer on every host."""
-        self._say, self._reached_preemption = say, reached_preemption
+    def __init__(self, say):
+        """say: prints a line."""
+        self._say = say
         self._previous, self._first = {}, None
         self.reason = ""
 
@@ -51,9 +56,9 @@ class StopRequest:
         """Tells whether a signal has come to this process; always False with several processes."""
         return bool(self.reason)
 
-    def requested(self, step):
-        """Tells whether to stop after `step`. All processes must ask at every step."""
-        if self._reached_preemption(step):
+    def requested(self):
+        """Tells whether to stop after this step, the same on all processes, which must ask at every step."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_ASKED)):
             self.reason = "preemption"
         return bool(self.reason)
 

@@ -11,14 +11,16 @@ from eqvae_jax.atomic import whole
 
 # What may differ on resume, because no result depends on it: how long (under a constant learning rate), how often,
 # how many, on what devices.
-CHANGEABLE = ("training.steps", "training.warm_up", "checkpoint.every", "checkpoint.keep",
-              "checkpoint.keep_best", "data.workers")
+CHANGEABLE = ("training.steps", "training.warm_up", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best",
+              "data.workers", "data.evaluation_batch_size")
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, file-size limit reached
 
 
-def may_change(name):
-    """Tells whether a run may be resumed with another value of this config leaf ("section.field")."""
+def may_change(name, config):
+    """Tells whether a run of a resolved config may be resumed with another value of this leaf ("section.field")."""
+    if name == "training.accumulate":  # an autoencoder draws a tau for each micro-batch
+        return config.get("task") == "generator"
     return name in CHANGEABLE or name.startswith("mesh.") or name.endswith("_every")
 
 
@@ -68,7 +70,7 @@ def prepare(workdir, config, started):
     if started and file.exists():
         decays = config["optimizer"]["schedule"] != "constant"  # then every step's learning rate depends on how long
         changed = [line for line in differences(json.loads(file.read_text()), config)
-                   if not may_change(line[0]) or decays and line[0] == "training.steps"]
+                   if not may_change(line[0], config) or decays and line[0] == "training.steps"]
         if changed:
             lines = "\n".join(f"  {name}: was {old!r} -> now {new!r}" for name, old, new in changed)
             raise ValueError(f"the workdir {path} belongs to a run with another config:\n{lines}\n"

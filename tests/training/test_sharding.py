@@ -102,8 +102,13 @@ def test_put_keeps_the_rows_and_refuses_what_does_not_divide():
 class _OfSlice:
     id: int
     slice_index: int
-    platform: str = "cpu"
-    device_kind: str = "cpu"
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+
+    @property
+    def coords(self):
+        return self.id // 2 % 2, self.id // 4, 0
 
     @property
     def process_index(self):
