@@ -132,8 +132,8 @@ class Group:
             if self._leaving.is_set():
                 return
             self._leaving.set()
-            kept = ("; what is complete on disk is kept, and the same command on all hosts, also on fewer, goes on from "
-                    "there") if code == RESTART else ""
+            kept = ("; what is complete on disk is kept, and the same command on all hosts, also on fewer, goes on from"
+                    " there") if code == RESTART else ""
             self._end(code, message, tell, f"\n{message}. {self.name(self.index)} stops too{kept}.")
 
     def leave(self, code):

@@ -75,8 +75,8 @@ def verify(target, model, params, spec):
 
     advice = "Do not use it; write it again, and if that does not help, to another disk."
     try:
-        told = {"sit": {"prediction": spec.process.get("prediction")},
-                "maskgit": {"codes": model.codes, "heads": model.heads}}.get(target.kind, {})
+        told = {"prediction": spec.process.get("prediction")} if target.kind == "sit" else {}
+        told |= {"codes": model.codes, "heads": model.heads} if target.kind == "maskgit" else {}
         back, read, _ = weights.load_generator(str(target), **told)
     except (ValueError, OSError) as error:
         raise ValueError(f"{target} was written but cannot be read back: {error}\n{advice}") from error

@@ -52,12 +52,12 @@ def state_shardings(mesh, shapes, config):
     Raises:
       ValueError: a rule fits no parameter, or its tuple not the array: it names both.
     """
-    fsdp, used = mesh.shape["fsdp"], set()
+    fsdp, rules, min_size, used = mesh.shape["fsdp"], config.rules, config.min_shard_size, set()
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def by_size(array):
         dimensions = [d for d, size in enumerate(array.shape) if size % fsdp == 0]
-        if fsdp == 1 or array.size < config.min_shard_size or not dimensions:
+        if fsdp == 1 or array.size < min_size or not dimensions:
             return replicated
         largest = max(dimensions, key=lambda d: (array.shape[d], d))
         return NamedSharding(mesh, PartitionSpec(*(None,) * largest, "fsdp"))
@@ -65,7 +65,7 @@ def state_shardings(mesh, shapes, config):
     def split(path, array):
         # Without the optimizer's own fields, so that Adam's moments are called as their parameter.
         name = "/".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
-        for number, (pattern, axes) in enumerate(config.rules):
+        for number, (pattern, axes) in enumerate(rules):
             if array.ndim and re.search(pattern, name):  # not the count of steps beside them
                 used.add(number)
                 return NamedSharding(mesh, _spec(mesh, pattern, axes, name, array))
@@ -74,7 +74,7 @@ def state_shardings(mesh, shapes, config):
     whole = jax.tree.map(lambda _: replicated, shapes)
     found = whole.replace(**{field: jax.tree.map_with_path(split, getattr(shapes, field))
                              for field in ("params", "opt_state", "ema")})
-    if idle := [pattern for number, (pattern, _) in enumerate(config.rules) if number not in used]:
+    if idle := [pattern for number, (pattern, _) in enumerate(rules) if number not in used]:
         raise ValueError(f"config.mesh.rules: {', '.join(map(repr, idle))} fits no parameter, or none that an earlier "
                          "rule leaves over")
     return found
