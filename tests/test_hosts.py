@@ -19,15 +19,15 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 EVALUATE = ["--images=photos:test", "--autoencoder=init:smoke", "--image_size=32", "--batch_size=2", "--limit=3"]
 
 
-def together(module, *arguments, own=lambda k: ()):
-    """Starts two processes of a command; returns them."""
+def together(module, *arguments, own=lambda k: (), where=lambda k: ROOT):
+    """Starts two processes of a command, each `where`; returns them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     flags = [f"--coordinator=localhost:{port}", "--processes=2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "EQVAE_START_LIMIT": "300"}
     command = [sys.executable, "-m", f"eqvae_jax.{module}", *arguments, *flags]
-    return [subprocess.Popen([*command, *own(k), f"--process={k}"], cwd=ROOT, env=environment, text=True,
+    return [subprocess.Popen([*command, *own(k), f"--process={k}"], cwd=where(k), env=environment, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for k in range(2)]
 
 
@@ -98,6 +98,17 @@ def test_another_config_on_one_host_is_refused_and_both_are_named(latents, tmp_p
     for _, err in ended(running, (1, 1)):
         assert "config.optimizer.learning_rate: 0.1 on process 0 (" in err and "but 0.2 on process 1 (" in err
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_other_images_on_one_host_are_refused_and_both_are_named(tmp_path):
+    for k in range(2):
+        (tmp_path / str(k) / "images").mkdir(parents=True)
+        for i in range(2 + k):
+            Image.fromarray(np.full((40, 40, 3), 50 * i, np.uint8)).save(tmp_path / str(k) / "images" / f"{i}.png")
+    arguments = ["reconstruction", *EVALUATE[1:], "--images=folder:images", f"--output={tmp_path / 'out'}"]
+    for _, err in ended(together("evaluate", *arguments, where=lambda k: tmp_path / str(k)), (2, 2)):
+        assert 'folder:images: "2 examples, ' in err and 'on process 0 (' in err and 'but "3 examples, ' in err
+    assert not (tmp_path / "out" / "metrics.json").exists()
 
 
 @pytest.mark.parametrize("flags, message", [
