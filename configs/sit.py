@@ -96,8 +96,8 @@ def recipe():
         max_skipped=20,  # stop (at the next log or save) after so many updates in a row with non-finite gradients
     )
     config.checkpoint = dict(every=10_000, keep=3, keep_best=0, best_metric="", best_mode="min")
-    # fsdp=N splits parameters and optimizer over N devices, by size or as rules say: training/sharding.py. XL on chips of
-    # 16 GB needs it, and model.remat=True: docs/plans.md.
+    # fsdp=N splits parameters and optimizer over N devices, by size or as rules say: training/sharding.py. XL on chips
+    # of 16 GB needs it, and model.remat=True: docs/plans.md.
     config.mesh = dict(data=-1, fsdp=1, min_shard_size=2**18, rules=())
     config.stages = dict()
     return config
