@@ -48,12 +48,22 @@ class Group:
         self._calls[name] += 1
         key = f"met/{name}/{self._calls[name]}"
         self.put(key, True)
-        try:
-            self.client.wait_at_barrier(f"eqvae_jax/{key}", int(1000 * limit))
-        except Exception as error:  # jaxlib's, of several types
+        errors = []
+
+        def wait():
+            try:
+                self.client.wait_at_barrier(f"eqvae_jax/{key}", int(1000 * limit))
+            except Exception as error:  # jaxlib's, of several types
+                errors.append(error)
+
+        waiting = threading.Thread(target=wait, daemon=True)
+        waiting.start()
+        while waiting.is_alive():
+            waiting.join(1.0)  # not in one go, so that this thread sees signals
+        for error in errors:
             missing = [self.name(k) for k in range(self.count) if k not in self.all(key)]
             if not missing:
-                raise
+                raise error
             raise RuntimeError(f"{', '.join(missing)} did not come to {name!r} within {limit:.0f} s") from error
 
     def watch(self):
