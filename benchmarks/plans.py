@@ -29,7 +29,10 @@ What `python -m eqvae_jax.plan` says of the recipes, on slices that nobody had: 
 ({version}), run on no TPU. Written by `python benchmarks/plans.py`.
 
 FLOPs, memory and bytes are counted in the compiled programs; times are a roofline, the least that the hardware could
-take at its vendor's peak numbers, and no forecast. `sent` is what a chip sends to others in a step.
+take at its vendor's peak numbers, and no forecast. `sent` is what a chip sends to others in a step. `memory` adds up
+arguments and temporaries, an upper bound, as some share their place: the compiler itself refuses what does not fit, and
+then half the batch is planned. So on v5e:4x4 the XL recipes do not fit with their 16 images a chip as they are; with
+`--config.mesh.fsdp=16 --config.model.remat=True` 4 images a chip take 2.9 GiB (the figure's first orange point).
 
 | config | slice | batch a chip | memory, GiB | GFLOP an image | sent, MB | step, ms | images/s | dominates |
 |---|---|---|---|---|---|---|---|---|
