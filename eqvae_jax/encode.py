@@ -38,7 +38,7 @@ def main(arguments=None):
     use_compilation_cache()
     try:
         distributed.start_from(options)
-        distributed.agree("the command", distributed.command(options))
+        distributed.agree("the command", lambda: distributed.command(options))
         encode(options)
     except (TooManyBroken, RuntimeError, ValueError, OSError) as error:
         return distributed.refuse(error)

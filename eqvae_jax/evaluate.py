@@ -48,7 +48,7 @@ def main(arguments=None):
     path = pathlib.Path(options.output) / "metrics.json"
     try:
         distributed.start_from(options)
-        distributed.agree("the command", distributed.command(options))
+        distributed.agree("the command", lambda: distributed.command(options))
         document, drawings = options.run(options, path.parent)
         if document is None:
             return 0
@@ -74,7 +74,7 @@ def _autoencoders(options, output):
     protocol = _protocol(options)
     batches, broken = comparison.open_batches(protocol)
     models = {name: weights.load_autoencoder(text) for name, text in comparison.named(options.autoencoder).items()}
-    distributed.agree("the autoencoders", {name: spec.hash for name, (_, _, spec) in models.items()})
+    distributed.agree("the autoencoders", lambda: {name: spec.hash for name, (_, _, spec) in models.items()})
     lpips = weights.load_lpips(options.lpips) if options.lpips else None
     extractor = None
     if options.features:

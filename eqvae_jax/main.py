@@ -113,7 +113,7 @@ def main(argv):
         config, workdir = FLAGS.config, Path(FLAGS.workdir).expanduser().resolve()
         for _, stage, _ in stages_of(config, workdir):
             preflight(stage)
-        distributed.agree("the command", facts(config, workdir))
+        distributed.agree("the command", lambda: facts(config, workdir))
         from eqvae_jax.backend import use_compilation_cache
 
         use_compilation_cache()

@@ -38,7 +38,7 @@ def main(arguments=None):
     use_compilation_cache()
     try:
         distributed.start_from(options)
-        distributed.agree("the command", distributed.command(options))
+        distributed.agree("the command", lambda: distributed.command(options))
         sample(options)
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         return distributed.refuse(error)
@@ -85,7 +85,7 @@ def sample(options):
                          "--autoencoder=REFERENCE (released DiT, SiT and REPA: "
                          "diffusers:stabilityai/sd-vae-ft-ema or -mse; MaskGIT: taming:FILE).")
     autoencoder = weights.load_autoencoder(reference)
-    distributed.agree("the weights", {options.generator: spec.hash, reference: autoencoder[2].hash})
+    distributed.agree("the weights", lambda: {options.generator: spec.hash, reference: autoencoder[2].hash})
     space = LatentSpace(**spec.latents) if spec.latents else LatentSpace.of(autoencoder[2])
     mesh = make_mesh(ConfigDict({"data": -1, "fsdp": 1}))
     sampler = Sampler(model, process, settings, space, autoencoder, mesh, options.batch_size, options.seed)

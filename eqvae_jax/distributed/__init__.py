@@ -80,9 +80,9 @@ def because(error):
 def command(options):
     """Facts to agree on before a command line's work: its flags, and the code and the versions that run it.
 
-    options: argparse's, or a flat dict.
+    options: argparse's.
     """
-    flags = dict(options if isinstance(options, dict) else vars(options))
+    flags = dict(vars(options))
     for own in ("coordinator", "processes", "process", "run"):
         flags.pop(own, None)
     return {f"--{name}": str(value) for name, value in flags.items()} | software()
@@ -98,21 +98,20 @@ def software():
     return {"code of eqvae_jax": digest.hexdigest()[:12], "python": platform.python_version()} | versions
 
 
-def agree(name, facts, limit=None):
-    """Compares what all processes know under `name`.
+def agree(name, facts):
+    """Compares what all processes know under `name`, and waits for each at most EQVAE_START_LIMIT seconds.
 
     Args:
-      facts: dict, name -> a value that JSON can write, compared as such; or a function that returns it.
-      limit: seconds to wait for the others; None: EQVAE_START_LIMIT.
+      facts: () -> dict, name -> a value that JSON can write, compared as such; not called where there is one process.
     Raises:
       Disagreement: naming each fact that differs, its values, and which processes have them. All processes raise it.
       RuntimeError: a process did not come.
     """
     if not group.joined:
         return
-    limit = limit or seconds("EQVAE_START_LIMIT", 300)
+    limit = seconds("EQVAE_START_LIMIT", 300)
     group.joined.barrier(f"{name}: all are here", limit)
-    group.joined.put(f"facts/{name}", facts() if callable(facts) else facts)
+    group.joined.put(f"facts/{name}", facts())
     group.joined.barrier(name, limit)
     told = group.joined.all(f"facts/{name}")
     lines = []

@@ -21,8 +21,8 @@ joined = None  # the Group of this process, once there is one
 class Group:
     """The processes of this program, seen from one of them."""
 
-    def __init__(self, client, coordinator, count, index, limit):
-        self.client, self.coordinator, self.count, self.index, self.limit = client, coordinator, count, index, limit
+    def __init__(self, client, count, index, limit):
+        self.client, self.count, self.index, self.limit = client, count, index, limit
         self.every = min(1.0, limit / 10)  # seconds between signs of life
         self.hosts = {}
         self.reason = ""  # of an end that is near

@@ -52,7 +52,7 @@ def start(coordinator=None, processes=None, process=None, *, stops=True):
         jax.distributed.shutdown()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which JAX's preemption service has taken
         return
-    group.joined = joined = Group(state.client, state.coordinator_address, state.num_processes, state.process_id, limit)
+    group.joined = joined = Group(state.client, state.num_processes, state.process_id, limit)
     joined.put("host", socket.gethostname())
     joined.barrier("the start", patience)
     joined.hosts = joined.all("host")

@@ -14,7 +14,7 @@ from eqvae_jax.evaluation.tables import rfid_label
 _CODEBOOK = ("codebook_usage", "codebook_perplexity")  # higher is better, in training as in evaluation
 _HIGHER = ("psnr", "ssim")  # of the evaluation's metrics; the others are errors
 _LOSSES = ("nll", "l1", "lpips")  # of the training metrics; the others have no better or worse
-_BOOKKEEPING = ("step", "split", "branch_", "skipped", "learning_rate")
+_BOOKKEEPING = ("step", "split", "branch_", "skipped", "learning_rate", "input_wait", "goodput", "mfu")
 
 
 def read_rows(workdir):

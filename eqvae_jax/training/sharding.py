@@ -107,6 +107,9 @@ def whole(params, shardings):
 
 
 def _gathered(array, sharding):
+    if sharding.is_fully_replicated:
+        return array
+
     @jax.custom_vjp
     def gather(array):
         return jax.lax.with_sharding_constraint(array, NamedSharding(sharding.mesh, PartitionSpec()))
@@ -115,7 +118,7 @@ def _gathered(array, sharding):
         return (jax.lax.with_sharding_constraint(cotangent, sharding),)
 
     gather.defvjp(lambda array: (gather(array), None), backward)
-    return array if sharding.is_fully_replicated else gather(array)
+    return gather(array)
 
 
 def scatter(array, sharding):

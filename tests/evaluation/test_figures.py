@@ -180,7 +180,7 @@ def test_rows_are_read_without_lines_cut_short(tmp_path):
 def test_curves_draw_what_changes_and_skip_what_is_not_a_number():
     train = [
         {"step": s, "split": "train", "gradient_norm": s % 3, "kl": s % 4, "nll": 10.0 / s, "constant": 1.0,
-         "images_per_second": s, "compile_seconds": 1 / s}
+         "images_per_second": s, "compile_seconds": 1 / s, "input_wait": 0.1 / s, "goodput": 1 - 0.1 / s, "mfu": s / 99}
         for s in range(1, 21)
     ]  # fmt: skip
     evaluation = [{"step": s, "split": "eval", "psnr": 20.0 + s} for s in (0, 10, 20)]

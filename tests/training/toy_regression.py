@@ -158,7 +158,7 @@ def signalled(workdir):
 def together(workdir, steps="6", wait_at="-1", who="0", then="", data="same"):
     """A run of several processes, each step of which is saved.
 
-    then: what process `who` does before step `wait_at`: raise an error, or wait until a file "go" is there; or, "stop",
+    then: what process `who` does before step `wait_at`: raise an error, or wait to be killed; or, "stop",
     what all do: slow steps from there on, so that a signal comes in time.
     """
     def stream(start):
