@@ -1,7 +1,7 @@
 """DiT on cached latents: the paper's recipe, by size and patch, and small variants of it.
 
     --config=configs/dit.py:XL_2 --config.data.latents=DIR      any of S, B, L, XL with patches of 1, 2, 4, 8
-    --config=configs/dit.py:quickstart, :smoke                  as configs/sit.py
+    --config=configs/dit.py:quickstart, :tiny, :small, :smoke   as configs/sit.py
 
 The recipe is SiT's own origin: configs/sit.py with DiT's process. Source: [D] facebookresearch/DiT and its paper.
 """
@@ -13,7 +13,7 @@ sit = run_path(str(Path(__file__).with_name("sit.py")))  # wherever this is star
 
 
 def get_config(variant="XL_2"):
-    return sit["choose"](variant, "dit", recipe, quickstart, smoke)
+    return sit["choose"](variant, "dit", recipe, quickstart, tiny, small, smoke)
 
 
 def recipe():
@@ -23,6 +23,18 @@ def recipe():
 def quickstart():
     config = with_diffusion(sit["quickstart"]())
     config.sampling.update(sampler="ddim", evaluations=30)
+    return config
+
+
+def tiny():
+    config = with_diffusion(sit["tiny"]())
+    config.sampling.sampler = "ddim"
+    return config
+
+
+def small():
+    config = with_diffusion(sit["small"]())
+    config.sampling.sampler = "ddim"
     return config
 
 

@@ -4,6 +4,7 @@
     --config=configs/eq_sdvae.py:quickstart     minutes on two CPU cores: before / control / EQ on photographs
     --config=configs/eq_sdvae.py:fashion        the same on Fashion-MNIST, for the generators' quickstart; needs
         --config.data.train=idx:DIR:train --config.data.evaluation=idx:DIR:test
+    --config=configs/eq_sdvae.py:tiny, :small   one training of python -m eqvae_jax.reproduce, on the same data
     --config=configs/eq_sdvae.py:smoke          seconds; for tests
 
 The other autoencoders' configs are this one with what differs. Sources: [C] the released train_eqvae configuration
@@ -15,7 +16,7 @@ from ml_collections.config_dict import placeholder
 
 
 def get_config(variant="paper"):
-    return choose(variant, "eq_sdvae", paper, quickstart, fashion, smoke)
+    return choose(variant, "eq_sdvae", paper, quickstart, fashion, tiny, small, smoke)
 
 
 def choose(variant, file, *functions):
@@ -132,6 +133,27 @@ def fashion():
     config.training.update(steps=1200)
     config.stages.control.training.steps = 600
     config.stages.eq.training.steps = 600
+    return config
+
+
+def tiny():
+    """One training on Fashion-MNIST at 32 pixels, for reproduce.py: 8 x 8 latents, and EQ as the paper's text says."""
+    config = fashion()
+    config.stages = dict()
+    config.data.update(image_size=32, evaluation_limit=200)
+    config.equivariance.update(sizes=(2, 4, 6),  # of 8: the scales that S(s) is measured at
+                               p_low_resolution=0.0)
+    config.training.update(steps=400, log_every=100, eval_every=0)
+    return config
+
+
+def small():
+    """The same on a GPU: a larger network, and more and larger steps."""
+    config = tiny()
+    config.init = "init:small"
+    config.data.update(batch_per_device=64, workers=4, evaluation_batch_size=100)
+    config.equivariance.sizes = (2, 3, 4, 5, 6, 7)
+    config.training.update(steps=3000, log_every=200)
     return config
 
 

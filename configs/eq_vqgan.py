@@ -11,7 +11,7 @@ sdvae = run_path(str(Path(__file__).with_name("eq_sdvae.py")))  # wherever this 
 
 
 def get_config(variant="paper"):
-    return sdvae["choose"](variant, "eq_vqgan", paper, quickstart, fashion, smoke)
+    return sdvae["choose"](variant, "eq_vqgan", paper, quickstart, fashion, tiny, small, smoke)
 
 
 def paper():
@@ -39,6 +39,20 @@ def fashion():
     config = with_codebook(sdvae["fashion"]())
     config.preset = "vqgan"
     config.init = "init:vqgan-quickstart"
+    return config
+
+
+def tiny():
+    config = with_codebook(sdvae["tiny"]())
+    config.preset = "vqgan"
+    config.init = "init:vqgan-quickstart"
+    return config
+
+
+def small():
+    config = with_codebook(sdvae["small"]())
+    config.preset = "vqgan"
+    config.init = "init:vqgan-small"
     return config
 
 

@@ -1,6 +1,7 @@
 """A small classifier of Fashion-MNIST (or of images like it), for Fréchet distances where Inception makes no sense.
 
     --config=configs/fashion_classifier.py --config.data.train=idx:DIR:train --config.data.evaluation=idx:DIR:test
+    --config=configs/fashion_classifier.py:tiny      at 32 pixels, for python -m eqvae_jax.reproduce
     --config=configs/fashion_classifier.py:smoke     seconds, on photographs that are all of one class; for tests
 
 DIR holds the four files of Fashion-MNIST, as the authors publish them and as Debian's package dataset-fashion-mnist
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 
 
 def get_config(variant="fashion"):
-    variants = {"fashion": fashion, "smoke": smoke}
+    variants = {"fashion": fashion, "tiny": tiny, "smoke": smoke}
     if variant not in variants:
         raise ValueError(f"configs/fashion_classifier.py has no variant {variant!r}; it has: {', '.join(variants)}")
     return variants[variant]()
@@ -38,6 +39,14 @@ def fashion():
     config.checkpoint = dict(every=1000, keep=1, keep_best=0, best_metric="", best_mode="max")
     config.mesh = dict(data=-1, fsdp=1, min_shard_size=2**18, rules=())
     config.stages = dict()
+    return config
+
+
+def tiny():
+    """At reproduce.py's 32 pixels, in a third of the steps."""
+    config = fashion()
+    config.data.image_size = 32
+    config.training.update(steps=600, eval_every=600)
     return config
 
 

@@ -2,6 +2,7 @@
 
     --config=configs/maskgit.py --config.data.latents=DIR      base: 24 blocks of 768; also :big, :huge
     --config=configs/maskgit.py:quickstart                     minutes on two CPU cores: Fashion-MNIST's tokens
+    --config=configs/maskgit.py:tiny, :small                   those of python -m eqvae_jax.reproduce
     --config=configs/maskgit.py:smoke                          seconds; for tests
 
 DIR is written by python -m eqvae_jax.encode of a VQ autoencoder, from centre crops; [B] takes random crops. Source: [B]
@@ -15,7 +16,8 @@ sit = run_path(str(Path(__file__).with_name("sit.py")))  # wherever this is star
 
 
 def get_config(variant="base"):
-    variants = {"base": recipe, "big": recipe, "huge": recipe, "quickstart": quickstart, "smoke": smoke}
+    variants = {"base": recipe, "big": recipe, "huge": recipe, "quickstart": quickstart, "tiny": tiny,
+                "small": small, "smoke": smoke}
     if variant not in variants:
         raise ValueError(f"configs/maskgit.py has no variant {variant!r}; it has: {', '.join(variants)}")
     config = variants[variant]()
@@ -50,14 +52,36 @@ def quickstart():
     return config
 
 
+def tiny():
+    """On 8 x 8 codes, for reproduce.py: narrower than the quickstart, and guided, as the paper's MaskGIT is."""
+    config = quickstart()
+    reference = sit["tiny"]()
+    config.model.update(width=96, mlp_size=384)
+    config.data.evaluation_limit = reference.data.evaluation_limit
+    config.training.update(reference.training)
+    config.checkpoint.update(reference.checkpoint)
+    return config
+
+
+def small():
+    config = tiny()
+    reference = sit["small"]()
+    config.model.update(depth=8, width=256, heads=4, mlp_size=1024)
+    config.data.batch_size = reference.data.batch_size
+    config.optimizer.learning_rate = reference.optimizer.learning_rate
+    config.training.update(reference.training)
+    config.checkpoint.update(reference.checkpoint)
+    return config
+
+
 def smoke():
     config = quickstart()
-    small = sit["smoke"]()
+    reference = sit["smoke"]()
     config.model.update(depth=1, width=16, heads=2, mlp_size=32, dropout=0.1)
     config.data.update(batch_size=4, evaluation_batch_size=2, evaluation_limit=4)
     config.sampling.evaluations = 2
     for section in ("optimizer", "evaluation", "training"):
-        config[section].update(small[section])
+        config[section].update(reference[section])
     return config
 
 

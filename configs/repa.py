@@ -1,7 +1,8 @@
 """REPA on cached latents and their images: the paper's recipe, by size and patch, and small variants of it.
 
     --config=configs/repa.py:XL_2 --config.data.latents=DIR --config.alignment.encoder=dinov2:dinov2_vitb14_pretrain.pth
-    --config=configs/repa.py:quickstart, :smoke      as configs/sit.py; the encoder is a run of fashion_classifier.py
+    --config=configs/repa.py:quickstart, :tiny, :small, :smoke
+        as configs/sit.py; the encoder is a run of fashion_classifier.py
 
 DIR is written by python -m eqvae_jax.encode --keep_images. 8-bit images are made as DiT's; REPA's own command cuts off
 255 (x + 1) / 2, half a level darker. Source: [R] sihyun-yu/REPA and its paper.
@@ -15,8 +16,8 @@ DEPTHS = {"S": 4, "B": 4, "L": 8, "XL": 8}  # [R]
 
 
 def get_config(variant="XL_2"):
-    config = sit["choose"](variant, "repa", recipe, quickstart, smoke)
-    if variant not in ("quickstart", "smoke"):
+    config = sit["choose"](variant, "repa", recipe, quickstart, tiny, small, smoke)
+    if variant.partition("_")[0] in DEPTHS:
         config.alignment.depth = DEPTHS[variant.partition("_")[0]]
     return config
 
@@ -32,6 +33,18 @@ def recipe():
 def quickstart():
     config = with_alignment(sit["quickstart"]())
     config.alignment.update(depth=2, projector_size=256)
+    return config
+
+
+def tiny():
+    config = with_alignment(sit["tiny"]())
+    config.alignment.update(depth=2, projector_size=192)
+    return config
+
+
+def small():
+    config = with_alignment(sit["small"]())
+    config.alignment.update(depth=4, projector_size=512)
     return config
 
 

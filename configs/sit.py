@@ -2,6 +2,7 @@
 
     --config=configs/sit.py:XL_2 --config.data.latents=DIR      any of S, B, L, XL with patches of 1, 2, 4, 8
     --config=configs/sit.py:quickstart                          minutes on two CPU cores: Fashion-MNIST's latents
+    --config=configs/sit.py:tiny, :small                        those of python -m eqvae_jax.reproduce
     --config=configs/sit.py:smoke                               seconds; for tests
 
 DIR is written by python -m eqvae_jax.encode. Sources: [S] willisma/SiT's train.py and its paper, [D] DiT's, from which
@@ -15,7 +16,7 @@ from ml_collections.config_dict import placeholder
 
 
 def get_config(variant="XL_2"):
-    return choose(variant, "sit", recipe, quickstart, smoke)
+    return choose(variant, "sit", recipe, quickstart, tiny, small, smoke)
 
 
 def choose(variant, file, recipe, *functions):
@@ -114,6 +115,31 @@ def quickstart():
     config.evaluation.update(preview=50, batch_size=50, samples=500)
     config.training.update(steps=2500, log_every=100, eval_every=1250, preview_every=1250)
     config.checkpoint.update(every=500, keep=1)
+    return config
+
+
+def tiny():
+    """On 8 x 8 latents in patches of 2, for reproduce.py: a small part of the quickstart's work. No guidance."""
+    config = quickstart()
+    config.model.update(preset="S/2", width=96)
+    config.data.update(evaluation_limit=500)
+    config.sampling.update(evaluations=20, guidance=1.0)
+    config.ema_decay = 0.995
+    config.training.update(steps=800, eval_every=400, preview_every=0)
+    config.checkpoint.every = 400
+    return config
+
+
+def small():
+    """The same on a GPU: 10 million parameters, larger and more steps, finer sampling."""
+    config = tiny()
+    config.model.update(depth=8, width=256, heads=4)
+    config.data.update(batch_size=256)
+    config.sampling.update(evaluations=50)
+    config.optimizer.learning_rate = 5e-4
+    config.ema_decay = 0.999
+    config.training.update(steps=10_000, eval_every=2500)
+    config.checkpoint.every = 2500
     return config
 
 

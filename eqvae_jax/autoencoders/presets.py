@@ -20,6 +20,7 @@ class Preset(NamedTuple):
 
 _F16 = dict(multipliers=(1, 1, 2, 2, 4), attention_levels=(4,))
 _SMALL = dict(channels=16, multipliers=(1, 2, 4), blocks_per_level=1, groups=8)
+_MIDDLE = dict(channels=32, multipliers=(1, 2, 4), blocks_per_level=2, groups=8)
 _SMOKE = dict(channels=8, multipliers=(1, 2), blocks_per_level=1, groups=4)
 
 PRESETS = {
@@ -31,6 +32,8 @@ PRESETS = {
     # Each kind at a size that two CPU cores train in minutes, and at one that tests compile in seconds.
     "quickstart": Preset(AutoencoderKL(**_SMALL, latent_channels=8)),
     "fashion": Preset(AutoencoderKL(**_SMALL, latent_channels=4)),
+    "small": Preset(AutoencoderKL(**_MIDDLE, latent_channels=4)),
+    "vqgan-small": Preset(AutoencoderVQ(**_MIDDLE, attention_levels=(2,), latent_channels=8, codebook_size=256)),
     "sd16-quickstart": Preset(AutoencoderKL(**_SMALL | dict(multipliers=(1, 1, 2, 4), attention_levels=(3,)),
                                             latent_channels=16)),
     "sd3-quickstart": Preset(AutoencoderKL(**_SMALL, latent_channels=16, quant=False)),

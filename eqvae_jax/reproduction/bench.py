@@ -1,0 +1,286 @@
+"""The stages that all experiments are made of, at one scale, for one seed.
+
+An arm is what is done to an autoencoder after its start: `before` nothing, `control` plain training for as long as the
+others. All arms of a seed go on from one start.
+"""
+
+from typing import NamedTuple
+
+from eqvae_jax.reproduction.scales import Scale
+from eqvae_jax.reproduction.stages import Output, Stage, leaves_of
+
+PLAIN = ("--config.equivariance.p_equivariance=0.0", "--config.equivariance.p_low_resolution=0.0")
+# Arm -> flags; {side} is the full side of the latents.
+ARMS = {
+    "control": PLAIN,
+    "eq": (),
+    "rotation": ("--config.equivariance.sizes=({side},)",),
+    "scaling": ("--config.equivariance.turns=(0,)",),
+    "anisotropic": ("--config.equivariance.anisotropic=True",),
+    "p_alpha 0.3": ("--config.equivariance.p_equivariance=0.7",),
+    "p_alpha 0.7": ("--config.equivariance.p_equivariance=0.3",),
+    "explicit": ("--config.equivariance.objective=explicit",),
+    "explicit stop-gradient": ("--config.equivariance.objective=explicit_stop_gradient",),
+}
+FASHION_SET = 60_000  # images in its training set; only estimates of time and disk use it
+
+
+class Measure(NamedTuple):
+    """A number that a stage of evaluation finds: its key in metrics.json, without the network in brackets."""
+
+    stage: Stage
+    key: str
+
+
+class Bench(NamedTuple):
+    """Makes stages; each method returns one, and the stages before it are its inputs."""
+
+    scale: Scale
+    seed: int = 0
+
+    def classifier(self):
+        """The network of Fréchet distances: one for all seeds, or the yardstick would change with what is measured."""
+        return Stage(
+            "classifier", "main", (f"--config={self.scale.classifier}", *self._data("train")), ("classifier", 1), 2e6
+        )
+
+    def base(self, kind):
+        """An autoencoder of a kind, such as "sdvae" or "vqgan", trained plainly from random weights."""
+        steps = self.scale.base
+        return Stage(
+            f"{kind} base seed {self.seed}",
+            "main",
+            (
+                *self._config(kind),
+                *self._data("tuning"),
+                *PLAIN,
+                f"--config.training.steps={steps}",
+                f"--config.seed={self.seed}",
+            ),
+            (f"{kind} step", steps),
+            10e6,
+        )
+
+    def autoencoder(self, kind, arm):
+        """The start, trained on as the arm says."""
+        start = self._start(kind, "--config.init={}")
+        steps = self.scale.tune
+        if not steps:
+            steps = leaves_of(self._config(kind)[0].partition("=")[2])["training"]["steps"]
+        lpips = () if self.scale.classifier else ("--config.loss.lpips_weights=download",)
+        flags = [
+            flag.format(side=self.scale.side // (2 if kind in ("sdvae16", "vqgan") and self.scale.start else 1))
+            for flag in ARMS[arm]
+        ]
+        return Stage(
+            f"{kind} {arm} seed {self.seed}",
+            "main",
+            (
+                *self._config(kind),
+                *self._data("tuning"),
+                *flags,
+                start,
+                *lpips,
+                f"--config.training.steps={steps}",
+                f"--config.seed={self.seed}",
+            ),
+            (f"{kind} {'step' if arm == 'control' else 'EQ step'}", steps),
+            10e6,
+        )
+
+    def latents(self, kind, arm, keep_images=False):
+        """A cache of posteriors or codes, with the images beside them for REPA."""
+        count = self.scale.latents or FASHION_SET
+        more = (f"--limit={self.scale.latents}",) if self.scale.latents else ()
+        more += ("--keep_images",) if keep_images else ()
+        return Stage(
+            f"{kind} {arm} latents{' and images' if keep_images else ''} seed {self.seed}",
+            "encode",
+            (
+                self._reference(kind, arm, "--autoencoder={}"),
+                f"--images={self.scale.images['train']}",
+                f"--image_size={self.scale.image_size}",
+                f"--batch_size={self.scale.batch}",
+                *more,
+            ),
+            ("encoded image", count),
+            (9e3 if keep_images else 5e3) * count,
+        )
+
+    def generator(self, name, arm, kind, share=1.0, watched=False):
+        """A generator, dit, sit, repa or maskgit, on an arm's latents, trained for a share of its config's steps.
+
+        watched: every eighth of its steps it draws a few samples of always the same noise, and measures some more.
+        """
+        config = self.scale.generators.get(f"{name} on {kind}", self.scale.generators[name])
+        steps = max(1, round(share * leaves_of(config)["training"]["steps"]))
+        align = (self._aligned(),) if name == "repa" else ()
+        label = f"{name} on {kind} {arm}{f' for {share:.0%} of the steps' if share < 1 else ''}"
+        watch = ()
+        if watched:
+            every, label = max(1, steps // 8), f"{label}, watched,"
+            watch = (
+                f"--config.training.eval_every={every}",
+                f"--config.training.preview_every={every}",
+                *self._features("--config.evaluation."),
+                f"--config.evaluation.reference={self._real()}",
+            )
+        return Stage(
+            f"{label} seed {self.seed}",
+            "main",
+            (
+                f"--config={config}",
+                Output(self.latents(kind, arm, name == "repa"), "--config.data.latents={}"),
+                *align,
+                *watch,
+                f"--config.training.steps={steps}",
+                f"--config.seed={self.seed}",
+            ),
+            (f"{name} step", steps),
+            25e6,
+        )
+
+    def samples(self, name, arm, kind, share=1.0, guided=False):
+        generator = self.generator(name, arm, kind, share)
+        more = self.scale.guidance[name] if guided else ()
+        label = generator.name.removesuffix(f" seed {self.seed}") + (", guided," if guided else "")
+        return Stage(
+            f"samples of {label} seed {self.seed}",
+            "sample",
+            (
+                Output(generator, "--generator=workdir:{}"),
+                f"--count={self.scale.samples}",
+                f"--batch_size={self.scale.sample_batch}",
+                f"--seed={self.seed}",
+                *more,
+            ),
+            (f"{name} sample", self.scale.samples * (2 if guided else 1)),
+            3.0 * self.scale.image_size**2 * self.scale.samples,
+        )
+
+    def generation(self, name, arm, kind="sdvae", share=1.0, guided=False):
+        """FID and more of a generator's samples against real images."""
+        samples = self.samples(name, arm, kind, share, guided)
+        metrics = ("fid", "inception_score", "precision_recall", *(() if self.scale.classifier else ("sfid",)))
+        return Stage(
+            f"evaluation of {samples.name}",
+            "evaluate",
+            (
+                "generation",
+                f"--reference={self._real()}",
+                Output(samples, "--generated=model={}"),
+                f"--image_size={self.scale.image_size}",
+                *self._features("--"),
+                f"--batch_size={self.scale.batch}",
+                "--metrics",
+                *metrics,
+            ),
+            ("classified image", 3 * self.scale.samples),
+            1e4,
+        )
+
+    def reconstruction(self, kind, arm):
+        """rFID, PSNR, SSIM, and LPIPS where its weights can be had."""
+        more = () if self.scale.classifier else ("--lpips=download",)
+        return self._evaluate(
+            "reconstruction",
+            kind,
+            arm,
+            self.scale.reconstructed,
+            *self._features("--"),
+            *more,
+            work=("decoded image", 1.3),
+        )
+
+    def equivariance(self, kind, arm, features=False):
+        """R and S, of latents and of decoded pixels; with features also rFID under each transform."""
+        more = self._features("--") if features else ()
+        limit = self.scale.reconstructed if features else self.scale.moved
+        label = "equivariance and rFID" if features else "equivariance"
+        return self._evaluate("equivariance", kind, arm, limit, *more, work=("decoded image", 10), label=label)
+
+    def dimension(self, kind, arm):
+        """The latents' intrinsic dimension and spectrum."""
+        return self._evaluate("latents", kind, arm, self.scale.encoded, work=("encoded image", 0.5))
+
+    def autoencoders_report(self, kind, arms):
+        """Pictures of autoencoders side by side: their latents, their decodes of moved latents, their errors."""
+        columns = [Output(self.autoencoder(kind, arm), f"{arm}={{}}") for arm in arms]
+        return Stage(
+            f"report of {kind} {' and '.join(arms)} seed {self.seed}",
+            "report",
+            (
+                "--runs",
+                *columns,
+                f"--images={self.scale.images['test']}",
+                f"--image_size={self.scale.image_size}",
+                f"--batch_size={self.scale.batch}",
+                f"--limit={self.scale.moved or 1000}",
+            ),
+            ("decoded image", 12 * len(arms) * (self.scale.moved or 1000)),
+            3e6,
+        )
+
+    def generators_report(self, name, arms, kind="sdvae"):
+        """Pictures of generators side by side: how fast they learn."""
+        columns = [Output(self.generator(name, arm, kind, watched=True), f"{arm}={{}}") for arm in arms]
+        return Stage(
+            f"report of {name} on {' and '.join(arms)} seed {self.seed}",
+            "report",
+            ("--runs", *columns),
+            ("report", 1),
+            3e6,
+        )
+
+    def _config(self, kind):
+        variant = f":{self.scale.variant}" if self.scale.variant else ""
+        return (f"--config=configs/eq_{kind}.py{variant}",)
+
+    def _data(self, split):
+        return (
+            f"--config.data.train={self.scale.images[split]}",
+            f"--config.data.evaluation={self.scale.images['test']}",
+        )
+
+    def _start(self, kind, form):
+        """Where all arms begin, in a flag: published weights, or the base."""
+        if self.scale.start:
+            return form.format(self.scale.start[kind])
+        return Output(self.base(kind), form.format("workdir:{}"))
+
+    def _reference(self, kind, arm, form):
+        if arm == "before":
+            return self._start(kind, form)
+        return Output(self.autoencoder(kind, arm), form.format("workdir:{}"))
+
+    def _real(self):
+        return self.scale.reference or self.scale.images["test"]
+
+    def _features(self, prefix):
+        if self.scale.classifier:
+            return (Output(self.classifier(), f"{prefix}features=workdir:{{}}"),)
+        return (f"{prefix}features=inception", f"{prefix}inception=download")
+
+    def _aligned(self):
+        """The encoder that REPA aligns with."""
+        if self.scale.classifier:
+            return Output(self.classifier(), "--config.alignment.encoder=workdir:{}")
+        return "--config.alignment.encoder=dinov2:dinov2_vitb14_pretrain.pth"
+
+    def _evaluate(self, measure, kind, arm, limit, *more, work, label=""):
+        limits = (f"--limit={limit}",) if limit else ()
+        return Stage(
+            f"{label or measure} of {kind} {arm} seed {self.seed}",
+            "evaluate",
+            (
+                measure,
+                self._reference(kind, arm, "--autoencoder=model={}"),
+                f"--images={self.scale.images['test']}",
+                f"--image_size={self.scale.image_size}",
+                f"--batch_size={self.scale.batch}",
+                *limits,
+                *more,
+            ),
+            (work[0], work[1] * (limit or 10_000)),
+            5e5,
+        )

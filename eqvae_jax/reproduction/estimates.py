@@ -1,0 +1,54 @@
+"""How long stages take and how much disk they need: from what stages of the same kind took here, or from a first guess.
+
+The guess is of the tiny scale on one core of an Intel Xeon, and says little of other machines. As soon as a stage of a
+kind is done its own time per unit of work takes the guess's place.
+"""
+
+import json
+from pathlib import Path
+
+START = 25.0  # seconds of a command that are no work: imports, what is not compiled yet
+# Kind of work -> seconds for one unit of it.
+GUESSES = {
+    "classifier": 900.0,
+    "sdvae step": 0.21,
+    "sdvae EQ step": 0.22,
+    "vqgan step": 0.25,
+    "vqgan EQ step": 0.26,
+    "encoded image": 0.006,
+    "decoded image": 0.006,
+    "classified image": 0.003,
+    "dit step": 0.17,
+    "sit step": 0.16,
+    "repa step": 0.3,
+    "maskgit step": 0.4,
+    "dit sample": 0.016,
+    "sit sample": 0.03,
+    "repa sample": 0.03,
+    "maskgit sample": 0.02,
+    "report": 30.0,
+}
+
+
+def measured(root):
+    """{kind: seconds a unit} of the stages that are done in a workdir; the newest of a kind counts."""
+    rates, newest = {}, {}
+    for path in Path(root).glob("stages/*.json"):
+        record = json.loads(path.read_text())
+        kind, amount = record["work"]
+        if record["finished"] >= newest.get(kind, ""):
+            newest[kind] = record["finished"]
+            rates[kind] = max(0.0, record["seconds"] - START) / amount
+    return rates
+
+
+def seconds(stage, rates=None):
+    """Seconds that a stage takes, about; None where nothing is known of its kind."""
+    kind, amount = stage.work
+    rate = (rates or {}).get(kind, GUESSES.get(kind))
+    return None if rate is None else START + rate * amount
+
+
+def disk(stages):
+    """Bytes that stages leave, about."""
+    return sum(stage.disk for stage in stages)

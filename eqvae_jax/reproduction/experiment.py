@@ -1,0 +1,78 @@
+"""What a table of the paper is: its rows and columns, its numbers, the stages that find ours, the claims they test."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from eqvae_jax.reproduction.bench import Bench, Measure
+from eqvae_jax.reproduction.claims import Claim
+
+
+class Column(NamedTuple):
+    """A column: its name, decimals, and which end of it is better, "lower", "higher" or ""."""
+
+    name: str
+    digits: int = 2
+    better: str = "lower"
+
+
+class Experiment(NamedTuple):
+    """A table of the paper.
+
+    rows: names, in order. paper: {(row, column): number}. measured: from a Bench, of one seed, {(row, column):
+    Measure}. claims: of the paper, about these numbers. about: what is compared. pictures: from a Bench,
+    [(stage, name of a PNG that it leaves, caption)].
+    """
+
+    title: str
+    about: str
+    columns: tuple[Column, ...]
+    rows: tuple[str, ...]
+    paper: dict
+    measured: Callable[[Bench], dict]
+    claims: tuple[Claim, ...] = ()
+    pictures: Callable[[Bench], list] = lambda bench: []
+
+
+GFID, RFID, R, S = Column("gFID"), Column("rFID"), Column("R(θ)", 3), Column("S(s)", 3)
+INCEPTION_SCORE = Column("IS", 1, "higher")
+# Kinds of autoencoders -> the paper's name, and the generator on their latents.
+AUTOENCODERS = {
+    "sdvae": ("SD-VAE", "dit"),
+    "sdxlvae": ("SDXL-VAE", "dit"),
+    "sd3vae": ("SD3-VAE", "dit"),
+    "sdvae16": ("SD-VAE-16", "dit"),
+    "vqgan": ("VQ-GAN", "maskgit"),
+}
+
+
+def grid(columns, rows):
+    """{(row, column): number} of a table as it is printed: row -> numbers, None where there is none."""
+    return {
+        (row, column.name): number
+        for row, numbers in rows.items()
+        for column, number in zip(columns, numbers, strict=True)
+        if number is not None
+    }
+
+
+def lower(text, column, row, than):
+    return Claim(text, (row, column), (than, column))
+
+
+def kinds(bench):
+    """The kinds of autoencoders that a scale has: all with published weights, else one of each sort of latent."""
+    return tuple(bench.scale.start) or ("sdvae", "vqgan")
+
+
+def gfid(bench, name, arm, kind="sdvae", **how):
+    return Measure(bench.generation(name, arm, kind, **how), "fid")
+
+
+def rfid(bench, arm, kind="sdvae"):
+    return Measure(bench.reconstruction(kind, arm), "rfid")
+
+
+def moved(bench, arm, kind="sdvae"):
+    """{column: Measure} of both equivariance errors."""
+    stage = bench.equivariance(kind, arm)
+    return {R.name: Measure(stage, "R"), S.name: Measure(stage, "S")}

@@ -1,0 +1,125 @@
+"""What a result says: numbers beside the paper's, verdicts, where they came from; the paper's recipe as a script."""
+
+import json
+import re
+import subprocess
+
+import pytest
+
+from eqvae_jax import recipes
+from eqvae_jax.reproduce import FIGURES, TABLES
+from eqvae_jax.reproduction import document, recipe
+from eqvae_jax.reproduction.bench import Bench, Measure
+from eqvae_jax.reproduction.claims import Claim
+from eqvae_jax.reproduction.experiment import Column, Experiment
+from eqvae_jax.reproduction.scales import SCALES
+from eqvae_jax.reproduction.stages import DOORS, Stage, in_order
+
+COLUMNS = (Column("gFID", 1), Column("PSNR", 2, "higher"))
+EXPERIMENT = Experiment(
+    "A table", "What it compares.", COLUMNS, ("plain", "EQ", "other"),
+    {("plain", "gFID"): 43.8, ("EQ", "gFID"): 34.1, ("other", "PSNR"): 25.0}, lambda bench: {},
+    (Claim("EQ lowers gFID", ("EQ", "gFID"), ("plain", "gFID")),
+     Claim("of nothing", ("other", "gFID"), ("EQ", "gFID"))))
+NUMBERS = {0: {("plain", "gFID"): 12.0, ("EQ", "gFID"): 10.0, ("EQ", "PSNR"): 20.125},
+           1: {("plain", "gFID"): 14.0, ("EQ", "gFID"): 12.2, ("EQ", "PSNR"): None}}
+
+
+@pytest.fixture
+def found():
+    return document.document(EXPERIMENT, NUMBERS, {"command": "python -m x <y>", "commit": "abc"})
+
+
+def test_markdown_has_both_numbers_and_the_verdict(found):
+    lines = document.as_markdown(EXPERIMENT, found).splitlines()
+    assert "| | gFID ↓, paper | ours | PSNR ↑, paper | ours |".replace("| |", "|  |") in lines
+    assert "| plain | 43.8 | 13.0 ± 1.0 | – | – |" in lines
+    assert "| EQ | 34.1 | 11.1 ± 1.1 | – | not finite |" in lines
+    assert "| other | – | – | 25 | – |" in lines
+    claims = [line for line in lines if "EQ lowers gFID" in line]
+    assert len(claims) == 1 and "**holds**" in claims[0] and "difference +1.9, interval +0.629 to +3.17" in claims[0]
+    assert not any("of nothing" in line for line in lines)  # what this scale cannot measure is not judged
+    assert "- commit: abc" in lines
+
+
+def test_the_page_needs_nothing_else_and_escapes(found):
+    text = document.as_html(EXPERIMENT, found)
+    assert "python -m x &lt;y&gt;" in text and "13.0 ± 1.0" in text and "holds" in text
+    assert not re.search(r"(src|href)=.http", text) and "<script" not in text
+
+
+def test_numbers_are_read_without_the_networks_name(tmp_path):
+    stage = Stage("a", "evaluate", ("generation",))
+    stage.folder(tmp_path).mkdir(parents=True)
+    results = {"model": {"fid(fashion-cnn)": 3.5, "rfid(fashion-cnn)_R": 2.5, "R": None}}
+    (stage.folder(tmp_path) / "metrics.json").write_text(json.dumps({"results": results}))
+    measured = {("r", name): Measure(stage, key) for name, key in (("a", "fid"), ("b", "rfid_R"), ("c", "R"))}
+    experiment = EXPERIMENT._replace(measured=lambda bench: measured)
+    assert document.collect(experiment, [Bench(SCALES["smoke"], 4)], tmp_path) == {
+        4: {("r", "a"): 3.5, ("r", "b"): 2.5, ("r", "c"): None}}
+    with pytest.raises(ValueError, match="has no psnr, only R, fid, rfid_R"):
+        measured[("r", "d")] = Measure(stage, "psnr")
+        document.collect(experiment, [Bench(SCALES["smoke"], 4)], tmp_path)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_whole(name, scale):
+    """Rows and columns are the same everywhere, and every claim that can be made is about numbers that are measured."""
+    experiment, bench = TABLES[name](), Bench(SCALES[scale])
+    measured = experiment.measured(bench)
+    cells = {(row, column.name) for row in experiment.rows for column in experiment.columns}
+    assert set(experiment.paper) <= cells and set(measured) <= cells
+    claimed = {cell for claim in experiment.claims for cell in (claim.less, claim.more)}
+    assert claimed <= set(measured)
+    papers = {claim.text: experiment.paper[claim.more] - experiment.paper[claim.less] for claim in experiment.claims
+              if claim.less in experiment.paper and claim.more in experiment.paper}
+    assert all(difference >= 0 for difference in papers.values()), papers  # each claim is the paper's own
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_command_parses(scale):
+    """Of every experiment, each kind of command once: flags exist, configs resolve, and names of folders are plain."""
+    wanted = [measure.stage for table in TABLES.values() for measure in table().measured(Bench(SCALES[scale])).values()]
+    wanted += [stage for figure in FIGURES.values() for stage, _, _ in figure().pictures(Bench(SCALES[scale]))]
+    stages = in_order(wanted)
+    assert len({stage.name for stage in stages}) == len(stages)
+    for stage in stages:
+        assert re.fullmatch(r"[a-z0-9.-]+", stage.folder("").name) and stage.door in DOORS
+        if stage.door == "main":
+            recipe.resolved(stage)  # raises where a flag names no field, or a value of another type
+        else:
+            module = __import__(f"eqvae_jax.{stage.door}", fromlist=["_parser"])
+            module._parser().parse_args(stage.command("root")[3:])
+
+
+def test_the_papers_scale_is_a_script_with_configs_and_costs(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "flops_of", lambda config: (1e12, 100))
+    stages = in_order([m.stage for m in TABLES["7"]().measured(Bench(SCALES["paper"])).values()])
+    recipe.write(TABLES["7"](), stages, tmp_path, say=lambda line: None)
+    script = tmp_path / "commands.sh"
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    environment = {"RUNS": "/r uns", "IMAGENET": "/i", "OPENIMAGES": "/o", "LAUNCH": "echo", "PATH": "/usr/bin:/bin"}
+    printed = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=True).stdout
+    assert len(printed.splitlines()) == len(stages)
+    assert "python -m eqvae_jax.main --config=configs/eq_sdvae.py --config.data.train=folder:/o" in printed
+    assert subprocess.run(["bash", script], env={"PATH": "/usr/bin:/bin"}, capture_output=True).returncode  # no RUNS
+
+    paths = (tmp_path / "configs").iterdir()
+    configs = {path.name.rpartition("-seed")[0]: json.loads(path.read_text()) for path in paths}
+    assert configs["sdvae-explicit"]["equivariance"]["objective"] == "explicit"
+    assert configs["sdvae-control"]["equivariance"]["p_equivariance"] == 0.0
+    assert configs["dit-on-sdvae-eq"]["training"]["steps"] == recipes.load("dit:B_2").training.steps
+    hours = 1e12 * 100 * 50_000 / (197e12 * 0.4) / 3600
+    text = (tmp_path / "README.md").read_text()
+    assert f"| sdvae eq seed 0 | 50,000 | 100 | 1,000.0 | 5.0 | {hours:,.0f} |" in text
+
+
+@pytest.mark.parametrize(("flag", "value", "then"), [
+    ("equivariance.sizes", "(8,)", (8,)), ("training.steps", "7", 7), ("equivariance.anisotropic", "True", True),
+    ("init", "workdir:a", "workdir:a")])
+def test_flags_become_values_of_their_type(flag, value, then):
+    config = recipes.load("eq_sdvae:smoke")
+    recipe.override(config, flag, value)
+    section, _, field = flag.rpartition(".")
+    assert (config[section] if section else config)[field] == then

@@ -1,0 +1,149 @@
+"""Stages are run in order, kept, and gone on with: with small programs in the place of this project's doors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+from eqvae_jax.reproduction import running
+from eqvae_jax.reproduction.stages import Output, Stage
+
+# What stands in for the doors: writes its input's text and its own into its folder, or does as its words say.
+DOOR = textwrap.dedent("""
+    import pathlib, sys, time
+    *words, last = sys.argv[1:]
+    folder = pathlib.Path(last.removeprefix("--output="))
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "runs", "a") as file:
+        file.write("x")
+    texts = [pathlib.Path(w.removeprefix("--of="), "text").read_text() for w in words if w.startswith("--of=")]
+    if "--wait" in words:
+        (folder / "begun").touch()
+        time.sleep(60)
+    if "--fail" in words:
+        sys.exit("this cannot work")
+    if "--broken" in words:
+        sys.exit(3)
+    (folder / "text").write_text("+".join([*texts, *(w for w in words if not w.startswith("--"))]))
+""")
+
+
+@pytest.fixture
+def doors(tmp_path, monkeypatch):
+    """Every door is the program above."""
+    path = tmp_path / "door.py"
+    path.write_text(DOOR)
+
+    def command(self, root):
+        arguments = [a.form.format(a.stage.result(root)) if isinstance(a, Output) else a for a in self.arguments]
+        return [sys.executable, str(path), *arguments, f"--output={self.folder(root)}"]
+
+    monkeypatch.setattr(Stage, "command", command)
+
+
+def chain():
+    first = Stage("first", "evaluate", ("a",))
+    second = Stage("second", "evaluate", ("b", Output(first, "--of={}")))
+    third = Stage("third", "evaluate", ("c", Output(first, "--of={}"), Output(second, "--of={}")))
+    return first, second, third
+
+
+def text(stage, root):
+    return (stage.folder(root) / "text").read_text()
+
+
+def runs(stage, root):
+    return len((stage.folder(root) / "runs").read_text())
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_results_are_handed_on_and_kept(doors, tmp_path, jobs):
+    first, second, third = chain()
+    said = []
+    running.run([third], tmp_path / "root", jobs, say=said.append)
+    assert text(third, tmp_path / "root") == "a+a+b+c"
+    record = json.loads(third.record(tmp_path / "root").read_text())
+    assert record["name"] == "third" and record["seconds"] > 0 and record["commit"]
+    running.run([third, second], tmp_path / "root", jobs, say=said.append)
+    assert [runs(stage, tmp_path / "root") for stage in (first, second, third)] == [1, 1, 1]
+    assert said[-1] == "3 of 3 stages are done already."
+
+
+def test_a_failure_names_the_command_and_keeps_what_is_done(doors, tmp_path):
+    first, _, _ = chain()
+    broken = Stage("broken", "evaluate", ("--fail", Output(first, "--of={}")))
+    after = Stage("after", "evaluate", ("z", Output(broken, "--of={}")))
+    with pytest.raises(running.Failed) as error:
+        running.run([after], tmp_path, say=lambda line: None)
+    for part in ("broken ended with exit code 1", "this cannot work", str(broken.log(tmp_path)), "--fail", "goes on"):
+        assert part in str(error.value)
+    assert first.finished(tmp_path) and not broken.finished(tmp_path) and not after.folder(tmp_path).exists()
+
+
+def test_others_are_stopped_when_one_fails(doors, tmp_path):
+    waits, fails = Stage("waits", "evaluate", ("--wait",)), Stage("fails", "evaluate", ("--broken",))
+    begun = time.monotonic()
+    with pytest.raises(running.Failed, match="fails ended with exit code 3"):
+        running.run([waits, fails], tmp_path, jobs=2, say=lambda line: None)
+    assert time.monotonic() - begun < 30 and not waits.finished(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_commands_and_is_told(doors, tmp_path, number):
+    stage = Stage("waits", "evaluate", ("--wait",))
+
+    def interrupt():
+        while not (stage.folder(tmp_path) / "begun").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(running.Interrupted):
+        running.run([stage], tmp_path, say=lambda line: None)
+    thread.join()
+    assert not stage.finished(tmp_path)
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+def test_a_finished_file_is_a_finished_stage(doors, tmp_path):
+    """Killed between a door's end and the record: its file appears whole or not at all, so it is done."""
+    stage = Stage("a", "evaluate", ("a",))
+    stage.folder(tmp_path).mkdir(parents=True)
+    assert not stage.finished(tmp_path)
+    (stage.folder(tmp_path) / "metrics.json").write_text("{}")
+    assert stage.finished(tmp_path)
+    assert not Stage("a", "main", ("--config=configs/sit.py:smoke",)).finished(tmp_path)
+
+
+def test_two_runs_in_one_workdir_are_refused(tmp_path):
+    with running.alone(tmp_path):
+        code = ("from eqvae_jax.reproduction import running\n"
+                f"with running.alone({str(tmp_path)!r}): pass")
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert other.returncode and "another run is at work" in other.stderr
+    with running.alone(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (83, "1:23"), (4000, "1:06:40")])
+def test_times_read_as_clocks(seconds, text):
+    assert running.as_time(seconds) == text
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_jobs_share_the_cores_and_leave_ours_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(Stage, "command", lambda self, root: [
+        sys.executable, "-c", "import os; print(sorted(os.sched_getaffinity(0)), os.environ.get('XLA_FLAGS', ''))"])
+    ours, stages = os.sched_getaffinity(0), [Stage(name, "evaluate", (name,)) for name in "ab"]
+    running.run(stages, tmp_path, jobs=2, say=lambda line: None)
+    printed = [stage.log(tmp_path).read_text().splitlines()[-1] for stage in stages]
+    shares = [set(json.loads(line[: line.index("]") + 1])) for line in printed]
+    assert not shares[0] & shares[1] and shares[0] | shares[1] == ours == os.sched_getaffinity(0)
+    assert ("intra_op_parallelism_threads=1" in printed[0]) == (len(ours) == 2)

@@ -1,0 +1,61 @@
+"""The door: a whole experiment in a tiny setting, its refusals, and its dry run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eqvae_jax import reproduce
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments, timeout=900):
+    return subprocess.run([sys.executable, "-m", "eqvae_jax.reproduce", *arguments], cwd=ROOT, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=timeout)
+
+
+def test_a_table_from_nothing_to_a_verdict(tmp_path):
+    """Table 12 without VQ-GAN's generator is the shortest chain: classifier, start, two arms, evaluations."""
+    found = run("--table=12", "--scale=smoke", "--seeds=1", "--jobs=2", f"--workdir={tmp_path}")
+    assert found.returncode == 0, found.stdout + found.stderr
+    result = json.loads((tmp_path / "table-12-smoke.json").read_text())
+    measured = {(entry["row"], entry["column"]): entry for entry in result["numbers"]}
+    assert measured["SD-VAE + EQ", "PSNR"]["mean"] > 0 and measured["SD-VAE + EQ", "PSNR"]["paper"] == 25.95
+    assert {claim["decision"] for claim in result["claims"]} == {"undecided at this scale"}  # of one seed
+    assert "| SD-VAE + EQ | 0.82 |" in (tmp_path / "table-12-smoke.md").read_text()
+    assert (tmp_path / "table-12-smoke.html").exists()
+
+    again = run("--table=12", "--scale=smoke", "--seeds=1", f"--workdir={tmp_path}")
+    assert again.returncode == 0 and "0 of 11 stages are to be done" in again.stdout
+    assert not list(tmp_path.glob("logs/*.tmp"))
+
+
+def test_a_dry_run_prints_commands_that_a_person_can_give(tmp_path, capsys):
+    assert reproduce.main(["--table=8", "--scale=tiny", "--seeds=1", f"--workdir={tmp_path}", "--dry-run"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python -m eqvae_jax.")]
+    assert len(lines) == 20 and "--config.equivariance.p_equivariance=0.7" in "\n".join(lines)
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_that_are_not_there_are_refused_before_the_first_stage(tmp_path, capsys):
+    assert reproduce.main(["--table=1", f"--workdir={tmp_path}", "--images=idx:nowhere"]) == 2
+    assert "idx:nowhere" in capsys.readouterr().err
+    assert not (tmp_path / "stages").exists()
+
+
+@pytest.mark.parametrize("wrong", [["--seeds=0"], ["--jobs=0"]])
+def test_numbers_below_one_are_refused(tmp_path, capsys, wrong):
+    assert reproduce.main(["--table=1", f"--workdir={tmp_path}", *wrong]) == 2
+    assert "at least 1" in capsys.readouterr().err
+
+
+def test_help_names_the_scales_and_needs_no_jax():
+    code = "import sys; from eqvae_jax import reproduce; reproduce.main(['--help'])"
+    found = subprocess.run([sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, text=True, capture_output=True,
+                           env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert "tiny: Fashion-MNIST" in found.stdout and found.returncode == 0
+    assert " jax\n" not in found.stderr
