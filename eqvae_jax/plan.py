@@ -12,6 +12,7 @@ Printed: memory of a chip by part; FLOPs; bytes moved; collectives; a roofline, 
 take were everything but one resource free, at the vendor's peak numbers: a bound, not a forecast.
 """
 
+import functools
 import json
 import sys
 import time
@@ -25,7 +26,6 @@ from eqvae_jax.planning import topology
 # JAX and all that imports it is imported where it is first needed: what cannot work is refused in a second.
 
 FLAGS = flags.FLAGS
-flags.declare_key_flag("config")
 flags.DEFINE_string("topology", None, f"Chip and sides of the slice: {topology.EXAMPLES}.")
 flags.DEFINE_integer("per_device_batch", None, "Examples in one forward pass on one device; by default the config's "
                      "batch spread over the slice, or 1 where it does not divide.")
@@ -76,7 +76,7 @@ def plan(config, topology_name, per_device=None, latents="", classes=1000, sizes
 
 def main(argv):
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}; every option is a --flag=value.")
+        return f"unexpected arguments: {' '.join(argv[1:])}; every option is a --flag=value, and --help lists them."
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     try:
@@ -108,8 +108,11 @@ def parse_sizes(text):
 
 def run():
     """The command line's entry: errors a user can act on are one message, not a traceback."""
-    flags.mark_flags_as_required(["config", "topology"])
-    app.run(main, flags_parser=training.parse_flags)
+    required = ["config", "topology"]
+    flags.mark_flags_as_required(required)
+    optional = ["per_device_batch", "latents", "classes", "sizes", "json"]
+    app.run(main, flags_parser=functools.partial(training.parse_flags, name="plan", about=__doc__, required=required,
+                                                 optional=optional))
 
 
 if __name__ == "__main__":

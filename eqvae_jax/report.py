@@ -15,17 +15,12 @@ import json
 import pathlib
 import sys
 
-import jax
-
-from eqvae_jax import weights
+from eqvae_jax import commands
 from eqvae_jax.atomic import whole
-from eqvae_jax.backend import use_compilation_cache
-from eqvae_jax.data.images import TooManyBroken
-from eqvae_jax.evaluation import charts, comparison, exhibits, feature_sets, figures, page, provenance
+from eqvae_jax.evaluation import choices
 from eqvae_jax.evaluation.tables import format_table, verdict
-from eqvae_jax.features.inception import PROTOCOLS
-from eqvae_jax.run import generator_report
-from eqvae_jax.training.checkpoint import saved_steps
+
+# JAX and all that imports it is imported where it is first needed: --help and a mistyped flag do not wait for it.
 
 _ABOUT = (
     """An autoencoder E, D turns an image into a small latent and back. EQ-VAE (arXiv 2502.09509) fine-tunes it so
@@ -90,7 +85,7 @@ _TEXTS = {
 
 def compare(
     runs, *, images, output, image_size=None, batch_size=8, limit=None, crops=1, min_crop=0.5, max_crop=1.0,
-    lpips=None, extractor=None, shown=exhibits.SHOWN, progress=True,
+    lpips=None, extractor=None, shown=None, progress=True,
 ):
     """Measures the autoencoders of several runs on the same images; writes metrics.json, figures, report.html.
 
@@ -101,7 +96,7 @@ def compare(
       batch_size, limit, crops, min_crop, max_crop: as data.images.evaluation_batches.
       lpips: parameters of features.lpips, to measure LPIPS too.
       extractor: evaluation.feature_sets.Extractor, to measure rFID too, plain and under each transform.
-      shown: how many images the figures show, at most `batch_size`.
+      shown: how many images the figures show, at most `batch_size`; None: exhibits.SHOWN.
 
     Returns:
       the dict of comparison.compare with "runs" (name -> workdir, step, config) added: what metrics.json holds,
@@ -112,6 +107,12 @@ def compare(
     """
     if not runs:
         raise ValueError("There is no run to report on.")
+    import jax
+
+    from eqvae_jax import weights
+    from eqvae_jax.evaluation import charts, comparison, exhibits
+    from eqvae_jax.training.checkpoint import saved_steps
+
     histories = {name: charts.read_rows(workdir) for name, workdir in runs.items()}
     configs = {name: _config(workdir) for name, workdir in runs.items()}
     side = image_size or list(configs.values())[-1].get("data", {}).get("image_size")
@@ -131,7 +132,7 @@ def compare(
     for name, workdir in runs.items():
         step = max(saved_steps(workdir), default=None)
         document["runs"][name] = {"workdir": str(workdir), "step": step, "config": configs[name]}
-    shown = exhibits.collect(models, batches, protocol, count=shown)
+    shown = exhibits.collect(models, batches, protocol, count=shown or exhibits.SHOWN)
     if jax.process_index() == 0:
         write(document, shown, histories, output)
     return document
@@ -143,6 +144,8 @@ def write(document, shown, histories, output):
     document: as `compare` returns it. shown: from exhibits.collect. histories: name -> rows of
     charts.read_rows.
     """
+    from eqvae_jax.evaluation import charts, exhibits, figures, page, provenance
+
     output = pathlib.Path(output)
     provenance.write_json(output / "metrics.json", document)
     pictures = []
@@ -188,6 +191,12 @@ def of_generators(runs):
 def main(arguments=None):
     """Runs the command line; returns the process's exit code, 2 for something the user can put right."""
     options = _parser().parse_args(arguments)
+    from eqvae_jax import weights
+    from eqvae_jax.backend import use_compilation_cache
+    from eqvae_jax.data.images import TooManyBroken
+    from eqvae_jax.evaluation import comparison, feature_sets
+    from eqvae_jax.run import generator_report
+
     use_compilation_cache()
     try:
         runs = comparison.named(options.runs) if options.runs else {
@@ -224,7 +233,7 @@ def main(arguments=None):
 
 def _parser():
     parser = argparse.ArgumentParser(
-        prog="python -m eqvae_jax.report", description=__doc__, allow_abbrev=False,
+        prog=commands.program("report"), description=commands.as_called(__doc__), allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     which = parser.add_mutually_exclusive_group(required=True)
@@ -232,7 +241,9 @@ def _parser():
                        help="runs to compare with 'control' or the first")
     which.add_argument("--workdir", metavar="DIR", help="one run")
     parser.add_argument("--output", required=True, metavar="DIR", help="where report.html and the rest goes")
-    parser.add_argument("--images", default="photos:test", metavar="REFERENCE", help="of the images (%(default)s)")
+    parser.add_argument("--images", default="photos:test", metavar="REFERENCE",
+                        help="photos[:train|:test|:all], folder:DIR, arrayrecord:GLOB, tfds:NAME[:SPLIT] or "
+                        "idx:DIR[:test], best ones that were not trained on (%(default)s)")
     parser.add_argument("--image_size", type=int, metavar="N", help="side in pixels (the last run's data.image_size)")
     parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="images at a time (%(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="this many images, spread evenly over the set (all)")
@@ -241,14 +252,20 @@ def _parser():
                         help="of the short side, the smallest random crop; one crop ignores it (%(default)s)")
     parser.add_argument("--max_crop", type=float, default=1.0, metavar="SHARE",
                         help="the largest, likewise (%(default)s)")
-    parser.add_argument("--lpips", metavar="REFERENCE", help="LPIPS weights, to measure LPIPS too")
+    parser.add_argument("--lpips", metavar="REFERENCE",
+                        help="LPIPS weights, to measure LPIPS too: a directory, a file or download")
     parser.add_argument("--features", metavar="NETWORK", help="to measure rFID too, plain and under each transform, in "
                         "the features of: inception, or workdir:DIR of a run of configs/fashion_classifier.py")
     parser.add_argument("--inception", default="", metavar="FILE|download", help="weights of --features=inception")
-    parser.add_argument("--protocol", choices=tuple(PROTOCOLS), default="adm",
+    parser.add_argument("--protocol", choices=choices.PROTOCOLS, default="adm",
                         help="how images reach Inception (%(default)s)")
     return parser
 
 
-if __name__ == "__main__":
+def run():
+    """The command line's entry."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

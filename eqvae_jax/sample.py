@@ -15,7 +15,7 @@ import dataclasses
 import pathlib
 import sys
 
-from eqvae_jax import distributed
+from eqvae_jax import commands, distributed
 
 # JAX and all that imports it is imported where it is first needed: --help and a mistyped flag do not wait for it.
 
@@ -172,17 +172,17 @@ def check_classes(policy, model):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog="python -m eqvae_jax.sample", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog=commands.program("sample"), description=commands.as_called(__doc__),
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--generator", required=True, metavar="REFERENCE", help="workdir:DIR, dit:FILE, sit:FILE, repa:FILE or "
                                                                    "maskgit:FILE")
-    add("--autoencoder", metavar="REFERENCE", help="that decodes; where the generator's latents came from if not given")
+    add("--autoencoder", metavar="REFERENCE", help="the decoder (not given: that which the generator's latents are of)")
     add("--count", type=int, default=64, metavar="N", help="images (%(default)s)")
     add("--output", required=True, metavar="FILE.npz", help="the set; its picture is beside it, .png and .pdf")
     add("--classes", default="uniform", help="uniform: drawn at random, as published FIDs; balanced: in turn; or a "
                                              "class's number (%(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="of noise and classes (%(default)s)")
     add("--batch_size", type=int, default=50, metavar="N",
         help="images at a time; changes nothing, but with dopri5 (%(default)s)")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the network's blocks (%(default)s)")
@@ -198,26 +198,32 @@ def _parser():
     group = parser.add_argument_group("sampling", "not given: as in the run's config; of files, DiT's, SiT's and "
                                                   "REPA's own without guidance, and MaskGIT's with it")
     add = group.add_argument
-    add("--sampler", help="diffusion: ddpm, ddim; interpolant: sde, sde-heun, euler, heun, dopri5; tokens: arccos, "
-                          "linear, square, root, cosine (the original's)")
+    add("--sampler", metavar="NAME", help="diffusion: ddpm, ddim; interpolant: sde, sde-heun, euler, heun, dopri5; "
+                                          "tokens: arccos, linear, square, root, cosine (the original's)")
     add("--evaluations", type=int, metavar="N", help="of the network")
     add("--guidance", type=float, metavar="SCALE", help="of classifier-free guidance; 1: none")
     add("--guidance_channels", type=int, metavar="N", help="guided channels: 3 as released, 0 all")
     add("--guidance_times", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide where LOW <= t <= HIGH, as REPA")
     add("--guidance_noise", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide where LOW < sigma <= HIGH")
-    add("--form", help="of the SDE's diffusion: constant, SBDM, sigma, linear, decreasing, increasing-decreasing")
-    add("--norm", type=float, help="of the SDE's diffusion")
-    add("--last_step", help="of the SDE: mean, euler, tweedie, or empty for none")
-    add("--last_step_size", type=float, metavar="T")
+    add("--form", metavar="NAME",
+        help="of the SDE's diffusion: constant, SBDM, sigma, linear, decreasing, increasing-decreasing")
+    add("--norm", type=float, metavar="X", help="factor of the SDE's diffusion")
+    add("--last_step", metavar="NAME", help="of the SDE: mean, euler, tweedie, or empty for none")
+    add("--last_step_size", type=float, metavar="T", help="of the SDE: the time that its last step covers")
     add("--sample_eps", type=float, metavar="T", help="what an interpolant leaves out at the ends of time")
-    add("--eta", type=float, help="of DDIM: 0 deterministic")
+    add("--eta", type=float, metavar="X", help="of DDIM: 0 adds no noise on the way, 1 as much as DDPM")
     add("--choice_temperature", type=float, metavar="T", help="of the noise on tokens' confidences")
     add("--inverse_temperature", type=float, metavar="X", help="tokens' logits are multiplied by it")
-    add("--rtol", type=float, help="of dopri5")
-    add("--atol", type=float, help="of dopri5")
+    add("--rtol", type=float, metavar="X", help="relative error that dopri5 allows itself")
+    add("--atol", type=float, metavar="X", help="absolute error, likewise")
     distributed.add_flags(parser.add_argument_group("several hosts", "which make each batch together").add_argument)
     return parser
 
 
-if __name__ == "__main__":
+def run():
+    """The command line's entry."""
     sys.exit(distributed.run(main))
+
+
+if __name__ == "__main__":
+    run()

@@ -3,6 +3,7 @@
 import pytest
 
 from eqvae_jax import encode, weights
+from eqvae_jax.training import sharding
 
 
 def refused(capsys, output, **changes):
@@ -58,6 +59,6 @@ def test_a_batch_must_divide_over_the_devices(tmp_path, capsys, monkeypatch):
     class Mesh:
         size = 4
 
-    monkeypatch.setattr(encode, "make_mesh", lambda *_: Mesh)
+    monkeypatch.setattr(sharding, "make_mesh", lambda *_: Mesh)
     error = refused(capsys, tmp_path / "cache", batch_size=6)
     assert "--batch_size=6 does not divide over the 4 devices of this host" in error

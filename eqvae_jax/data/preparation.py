@@ -6,6 +6,7 @@ writes images-00000-of-00042.array_record ... and preparation.json; train with a
 Stopped or killed, the same command continues with the first shard that is missing.
 """
 
+import argparse
 import io
 import json
 import math
@@ -15,10 +16,11 @@ import sys
 from collections.abc import Iterable
 
 import numpy as np
-from absl import app, flags, logging
+from absl import logging
 from PIL import Image
 from tqdm import tqdm
 
+from eqvae_jax import commands, distributed
 from eqvae_jax.data import records
 from eqvae_jax.data.cropping import resize
 from eqvae_jax.data.decoding import BrokenExample
@@ -164,23 +166,46 @@ def _agree(plan: dict, output: str):
         json.dump(plan, file, indent=1)
 
 
-def _main(_):
+def main(arguments=None):
+    """Runs the command line; returns the process's exit code, 2 for something the user can put right."""
+    options = _parser().parse_args(arguments)
     try:
-        source = open_source(_IMAGES.value)
-        total = prepare(source, _OUTPUT.value, _SIZE.value, _ENCODING.value, _SHARD_SIZE.value,
-                        _WORKERS.value, _BROKEN_LIMIT.value)
+        source = open_source(options.images)
+        total = prepare(source, options.output, options.size, options.encoding, options.shard_size, options.workers,
+                        options.broken_limit)
     except (ValueError, OSError) as error:
-        sys.exit(f"{error}")
-    print(f"{total} of {len(source)} images in {_OUTPUT.value}; "
-          f"use them as arrayrecord:{os.path.join(_OUTPUT.value, '*.array_record')}")
+        return distributed.refuse(error)
+    except KeyboardInterrupt:
+        return distributed.interrupted(f"the same command goes on: finished shards are in {options.output}")
+    print(f"{total} of {len(source)} images in {options.output}; "
+          f"use them as arrayrecord:{os.path.join(options.output, '*.array_record')}")
+    return 0
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog=commands.program("prepare"), description=commands.as_called(__doc__),
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--images", required=True, metavar="REFERENCE",
+        help="what to write: folder:DIR, tfds:NAME[:SPLIT], arrayrecord:GLOB, idx:DIR[:test] or "
+             "photos[:train|:test|:all]")
+    add("--output", required=True, metavar="DIR", help="folder of the shards and of preparation.json")
+    add("--size", type=int, default=512, metavar="N",
+        help="pixels of the short side; smaller images stay as they are (%(default)s)")
+    add("--encoding", choices=tuple(ENCODINGS), default="jpeg",
+        help="jpeg: quality 95, full colour resolution; png: lossless (%(default)s)")
+    add("--shard_size", type=int, default=4096, metavar="N", help="records in a shard (%(default)s)")
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N",
+        help="processes that decode; 0: this one alone (%(default)s)")
+    add("--broken_limit", type=float, default=0.01, metavar="SHARE",
+        help="largest share of images that may be broken, and always one; they are left out (%(default)s)")
+    return parser
+
+
+def run():
+    """The command line's entry."""
+    sys.exit(main())
 
 
 if __name__ == "__main__":
-    _IMAGES = flags.DEFINE_string("images", None, "What to write: folder:DIR, tfds:NAME ...", required=True)
-    _OUTPUT = flags.DEFINE_string("output", None, "Folder for the shards.", required=True)
-    _SIZE = flags.DEFINE_integer("size", 512, "Pixels of the short side; smaller images stay as they are.")
-    _ENCODING = flags.DEFINE_enum("encoding", "jpeg", list(ENCODINGS), "jpeg: quality 95, 4:4:4; png: lossless.")
-    _SHARD_SIZE = flags.DEFINE_integer("shard_size", 4096, "Records per shard.")
-    _WORKERS = flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes that decode; 0 for none.")
-    _BROKEN_LIMIT = flags.DEFINE_float("broken_limit", 0.01, "Largest fraction of images that may be broken.")
-    app.run(_main)
+    run()

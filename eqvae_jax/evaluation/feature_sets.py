@@ -6,7 +6,6 @@ again under any name, and an evaluation that was interrupted goes on where it st
 
 import hashlib
 import logging
-import os
 import pathlib
 import tempfile
 import zipfile
@@ -286,9 +285,3 @@ class _Spool:
     def map(self):
         self._file.flush()
         return np.memmap(self._file, np.float32, "r", shape=(self._rows, self._columns))
-
-
-def default_cache():
-    """The user's directory for features."""
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    return cache / "eqvae_jax" / "features"

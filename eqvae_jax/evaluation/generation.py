@@ -9,12 +9,12 @@ import sys
 import jax
 
 from eqvae_jax.evaluation import distances, provenance, tables
+from eqvae_jax.evaluation.choices import METRICS
 from eqvae_jax.evaluation.feature_sets import INCEPTION, collect, label, too_few
 from eqvae_jax.evaluation.gaussians import frechet_distance, load_statistics
 from eqvae_jax.evaluation.samples import statistics_suffix, write_npz
 from eqvae_jax.features.inception import PROTOCOLS
 
-METRICS = ("fid", "sfid", "inception_score", "precision_recall", "kid")
 NEIGHBOURS = 3  # of precision and recall, ADM's
 SCORE_RULES = {"adm": "in the set's order, 5,000 to a part", "torch-fidelity": "shuffled, 10 parts"}
 REFERENCE_IMAGES = 10_000  # as many as ADM's references hold beside the statistics of all

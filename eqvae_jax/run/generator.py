@@ -237,7 +237,7 @@ def pictures(config, model, process, sampling, space, latents, mesh):
 
 def frechet(config, sampler, latents):
     """{name: params -> Fréchet distance of a few samples}: a number to watch, called by its features and its count."""
-    from eqvae_jax.evaluation import feature_sets
+    from eqvae_jax.evaluation import choices, feature_sets
     from eqvae_jax.evaluation.gaussians import frechet_distance
     from eqvae_jax.evaluation.generation import reference_gaussian
     from eqvae_jax.evaluation.image_sets import open_sets
@@ -246,7 +246,7 @@ def frechet(config, sampler, latents):
     extractor = feature_sets.open_extractor(settings.features, settings.inception, settings.protocol)
     side = latents.manifest["preprocessing"]["image_size"]
     reference = open_sets({"reference": settings.reference}, side)["reference"]
-    real = reference_gaussian(reference, extractor, cache=feature_sets.default_cache())
+    real = reference_gaussian(reference, extractor, cache=choices.default_cache())
     numbers = range(settings.samples)
     labels = sampler.labels("uniform", numbers)
 

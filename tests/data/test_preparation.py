@@ -143,4 +143,4 @@ def test_command_line(folder, tmp_path):
     prepare(open_source(f"folder:{folder}"), str(in_process), size=20, shard_size=4)
     assert [a.read_bytes() for a in shards(output)] == [b.read_bytes() for b in shards(in_process)]
     failed = run(*command, "--images=folder:/no/such/place")
-    assert failed.returncode == 1 and failed.stderr.strip() == "folder:/no/such/place: does not exist"
+    assert failed.returncode == 2 and failed.stderr.strip() == "error: folder:/no/such/place: does not exist"

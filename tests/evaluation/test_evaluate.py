@@ -7,7 +7,7 @@ import toy_features
 from PIL import Image
 
 from eqvae_jax import evaluate, weights
-from eqvae_jax.evaluation import feature_sets
+from eqvae_jax.evaluation import comparison, feature_sets
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_the_released_evaluations_ssim_can_be_asked_for(run, folder):
 def test_what_cannot_work_is_refused_before_anything_is_computed(run, folder, monkeypatch, arguments, message):
     monkeypatch.setattr(toys.Toy, "__hash__", lambda self: 0)
     compiled = []
-    monkeypatch.setattr(evaluate.comparison, "compare", lambda *a, **k: compiled.append(a))
+    monkeypatch.setattr(comparison, "compare", lambda *a, **k: compiled.append(a))
     code, _, err, document = run(
         "equivariance", "--autoencoder=a=toy:0", f"--images={folder}", "--image_size=32", *arguments
     )

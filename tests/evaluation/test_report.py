@@ -6,6 +6,8 @@ import pytest
 import toy_autoencoder as toys
 
 from eqvae_jax import report, weights
+from eqvae_jax.evaluation import figures
+from eqvae_jax.training import checkpoint
 
 HOSTILE = "<script>alert('$x_1$')</script>&\"quoted\" tau"
 
@@ -58,7 +60,7 @@ def workdirs(tmp_path_factory):
         (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "load_autoencoder", toys.load)
-        patch.setattr(report, "saved_steps", lambda workdir: [20, 28])  # a kill lost the checkpoint of step 29
+        patch.setattr(checkpoint, "saved_steps", lambda workdir: [20, 28])  # a kill lost the checkpoint of step 29
         yield {name: root / tilt for name, tilt in runs.items()}
 
 
@@ -105,7 +107,7 @@ def test_the_page_marks_the_best_and_shows_changes(compared):
 
 def test_one_run_has_no_comparison(workdirs, compared, tmp_path, capsys, monkeypatch):
     some = compared[1] / "errors.png"  # drawing is tested above
-    monkeypatch.setattr(report.figures, "save", lambda figure, path: (some, None))
+    monkeypatch.setattr(figures, "save", lambda figure, path: (some, None))
     arguments = ["--batch_size=2", "--limit=1", f"--output={tmp_path / 'one'}"]
     code = report.main([f"--workdir={workdirs['control']}", *arguments])
     out = capsys.readouterr().out
