@@ -21,6 +21,7 @@ import sys
 import time
 from pathlib import Path
 
+from eqvae_jax.commands import as_called, program
 from eqvae_jax.reproduction import ablations, document, estimates, figures, running, tables
 from eqvae_jax.reproduction.bench import Bench
 from eqvae_jax.reproduction.scales import SCALES, split
@@ -52,6 +53,8 @@ def main(arguments=None):
 
 def reproduce(options):
     """Makes what the command line asks for: the plan, or the result and what it rests on."""
+    if options.seeds is None:
+        options.seeds = 1 if options.scale == "paper" else 3
     if options.seeds < 1 or options.jobs < 1:
         raise ValueError(f"--seeds={options.seeds} and --jobs={options.jobs} must be at least 1.")
     kind, number = ("table", options.table) if options.table else ("figure", options.figure)
@@ -127,7 +130,7 @@ def how(options, wanted, root):
     return {
         "command": shlex.join(command),
         "commit": ", ".join(document.commits(wanted, root)),
-        "seeds": f"0 to {options.seeds - 1}",
+        "seeds": ", ".join(map(str, range(options.seeds))),
         "machine": f"{_processor()}, {options.jobs} stages at a time",
         "time": f"{running.as_time(document.spent(wanted, root))}, the stages added up, what other tables share "
         "included",
@@ -161,8 +164,8 @@ def publish(experiment, benches, wanted, root, name, how):
 
 def _parser():
     parser = argparse.ArgumentParser(
-        prog="python -m eqvae_jax.reproduce",
-        description=__doc__,
+        prog=program("reproduce"),
+        description=as_called(__doc__),
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -178,7 +181,7 @@ def _parser():
         metavar="REFERENCE",
         help="where :train and :test are, instead of the scale's own: idx:DIR or tfds:NAME (tfds:fashion_mnist)",
     )
-    add("--seeds", type=int, default=3, metavar="N", help="how often all is done, with seeds 0 to N - 1 (%(default)s)")
+    add("--seeds", type=int, metavar="N", help="how often all is done, with seeds 0 to N - 1 (3; 1 of the paper's scale)")
     add("--jobs", type=int, default=1, metavar="N",
         help="stages at a time, which share the CPU's cores: as many as it has is quickest; 1 on a GPU (%(default)s)")
     add("--dry-run", action="store_true", help="print the commands, in order, and do nothing")
