@@ -181,7 +181,7 @@ def _parser():
         metavar="REFERENCE",
         help="where :train and :test are, instead of the scale's own: idx:DIR or tfds:NAME (tfds:fashion_mnist)",
     )
-    add("--seeds", type=int, metavar="N", help="how often all is done, with seeds 0 to N - 1 (3; 1 of the paper's scale)")
+    add("--seeds", type=int, metavar="N", help="how often all is done, with seeds 0 to N - 1 (3; of paper 1)")
     add("--jobs", type=int, default=1, metavar="N",
         help="stages at a time, which share the CPU's cores: as many as it has is quickest; 1 on a GPU (%(default)s)")
     add("--dry-run", action="store_true", help="print the commands, in order, and do nothing")
