@@ -62,7 +62,7 @@ def test_a_constant_stays_constant_where_nothing_pads_with_zeros(padding):
     spread = lambda a: float(jnp.ptp(a, axis=(1, 2)).max())
     z = jax.jit(lambda p, x: model.apply({"params": p}, x, method="encode").mode())(params, jnp.full((1, 8, 8, 3), 0.3))
     y = jax.jit(lambda p, z: model.apply({"params": p}, z, method="decode"))(params, jnp.full((1, 4, 4, 2), 0.3))
-    assert (spread(z) < 1e-4) == (padding == "reflect") and (spread(y) < 1e-4) == (padding != "zeros")
+    assert (spread(z) < 1e-3) == (padding == "reflect") and (spread(y) < 1e-3) == (padding != "zeros")
 
 
 def test_only_the_downsampling_tells_the_two_reflections_apart():
