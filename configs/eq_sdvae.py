@@ -8,7 +8,7 @@
     --config=configs/eq_sdvae.py:smoke          seconds; for tests
 
 The other autoencoders' configs are this one with what differs. Sources: [C] the released train_eqvae configuration
-and code, [P] the paper.
+and code, [P] the paper. What is [B] goes beyond it, is off, and is described with its sources in docs/beyond.md.
 """
 
 from ml_collections import ConfigDict
@@ -38,6 +38,9 @@ def paper():
     config.model = dict(
         dtype="bfloat16",  # of convolutions; parameters, normalisation, softmax and losses are float32
         remat=True,  # 0.55 instead of 2.76 GiB of activations an image
+        # [B] What convolutions see beyond the border: "zeros" or "reflect"; "reflect_but_downsampling" for weights that
+        # were trained under torch's padding_mode="reflect", as Anzhc's MS-LC-EQ-D-VR. "": as config.init has it.
+        padding="",
     )
 
     config.data = dict(
@@ -64,6 +67,9 @@ def paper():
         # "explicit" and "explicit_stop_gradient" are the ablation of [P] A.1: plain reconstruction, and
         # loss.explicit_weight x ||tau E(x) - E(tau x)||^2 whenever the equivariance branch is taken.
         objective="implicit",
+        # [B] The equivariance branch also shifts the image by up to so many pixels, and the latent by the downsampling
+        # factor less: AF-LDM (arXiv 2503.09419), whose VAE goes up to 3/8 of the side. 0: no shifts.
+        max_shift=0,
     )
 
     config.loss = dict(
@@ -77,6 +83,12 @@ def paper():
         logvar=placeholder(float),  # [C] constant: in no optimizer there. None: config.init's, where it says, or 0
         from_init=True,  # go on with the discriminator, logvar and LPIPS of config.init, where its file has them
         explicit_weight=0.1,  # [P] table 7; only equivariance.objective="explicit..." uses it
+        # [B] Plain steps add so much of a second reconstruction, of the image shrunk by one of the factors from the
+        # latent shrunk alike: Skorokhodov et al. (arXiv 2502.14831), who take 0.25, and 2 to 4. 0: none.
+        scale_equivariance_weight=0.0, scale_equivariance_factors=(2, 4),
+        # [B] Decode (1 - t) z + t x this x standard normal noise, t uniform in 0..1 for each image: l-DeTok
+        # (arXiv 2507.15856), which takes 3.0. In the unit of the latents, and SD-VAE's are about 5.5 wide. 0: none.
+        latent_noise=0.0,
     )
 
     # [C] Adam, no weight decay, clipping or schedule. The released command gives 4.5e-6 x 8 GPUs x batch 10 x

@@ -97,7 +97,9 @@ def convert(options):
 def check_form(target, model, spec, shift):
     """Raises ValueError where the target's format cannot hold the model; now, not after an hour of measuring."""
     from eqvae_jax.weights import ldm_files
+    from eqvae_jax.weights.autoencoders import check_writable
 
+    check_writable(target, model)
     if target.kind == "taming" and spec.kind != "vq":
         raise ValueError(
             f"{target}: {spec.reference} is a {spec.kind} model, and taming-transformers has VQ models only: "
@@ -127,7 +129,7 @@ def describe(model, spec):
         f"kind        {spec.kind}, {kinds[spec.kind]}",
         f"graph       {graph}; widths {widths}, blocks a level: {model.blocks_per_level}, "
         f"groups: {model.groups},",
-        f"            attention on levels: {levels}, {quant} quant convolutions",
+        f"            attention on levels: {levels}, {quant} quant convolutions, padding: {model.padding}",
         f"latent      {model.latent_channels} channels, 1/{model.downsampling} of the image's sides",
     ]
     if spec.kind == "vq":

@@ -1,11 +1,12 @@
 """tau, the transform EQ-VAE is about: how it is drawn, how it acts on images and latents, and how far an
 encoder is from commuting with it.
 
-tau scales, then turns by quarter turns. Both act on the two spatial axes of an NHWC array, so the same
-function serves images and latents; only the sizes differ, by the autoencoder's downsampling factor.
+tau scales, may shift, then turns by quarter turns. All act on the two spatial axes of an NHWC array, so the same
+function serves images and latents; only sizes and shifts differ, by the autoencoder's downsampling factor.
 
 Source: EQ-VAE (arXiv 2502.09509), section 3 and appendix C.3. Where the released code and the paper differ
-(interpolation, meaning of `p_prior`, which sizes), the defaults here are the released code's.
+(interpolation, meaning of `p_prior`, which sizes), the defaults here are the released code's. Shifts are not EQ-VAE's:
+AF-LDM (arXiv 2503.09419).
 """
 
 from collections.abc import Callable
@@ -34,12 +35,17 @@ class Tau(NamedTuple):
       (shrink the image first: prior preservation at low resolution) or "none" (plain reconstruction).
     height, width: side lengths in latent pixels after scaling and before turning; None for "none".
     turns: clockwise quarter turns, 0..3.
+    shift: (down, right) between scaling and turning, in whole image pixels, so that the image is moved exactly; the
+      latent moves by this over the downsampling factor. None for none.
+    reduction: for "none", how many times smaller the image is reconstructed a second time; None for not at all.
     """
 
     where: str
     height: int | None = None
     width: int | None = None
     turns: int = 0
+    shift: tuple[int, int] | None = None
+    reduction: int | None = None
 
     def image_size(self, factor: int) -> tuple[int, int] | None:
         """(height, width) of the scaled image, for an autoencoder that downsamples by `factor`."""
@@ -47,7 +53,7 @@ class Tau(NamedTuple):
 
 
 def draw_tau(seed: int, draw: int, *, sizes, turns=(1, 2, 3), p_equivariance=0.5, p_low_resolution=0.25,
-             anisotropic=False) -> Tau:
+             anisotropic=False, max_shift=0, reductions=()) -> Tau:
     """Draws the transform of one (micro-)step on the host, from `(seed, draw)` alone.
 
     Every host therefore draws the same one, and a restarted run replays it.
@@ -61,16 +67,21 @@ def draw_tau(seed: int, draw: int, *, sizes, turns=(1, 2, 3), p_equivariance=0.5
       p_low_resolution: probability of the low-resolution branch ("image"), given that the equivariance
         branch was not taken. 0.25 in the released code, 0 in the paper.
       anisotropic: draw height and width independently (equivariance branch only, as released).
+      max_shift: how far at most the equivariance branch shifts the image up, down, left or right, in pixels; 0 for
+        not at all.
+      reductions: what to choose the second, smaller reconstruction of the plain branch from; () for none.
     """
     rng = np.random.default_rng((seed, draw, 2))  # 2: a stream apart from the crops' (data/images.py)
     branch, low_resolution = rng.random(2)
     height, width = (int(size) for size in rng.choice(np.asarray(sizes), size=2))
     turn = int(rng.choice(np.asarray(turns)))
+    *place, reduction = rng.random(3)  # last, and whether used or not: an option changes no other draw
     if branch < p_equivariance:
-        return Tau(LATENT, height, width if anisotropic else height, turn)
+        shift = tuple(int((2 * max_shift + 1) * u) - max_shift for u in place) if max_shift else None
+        return Tau(LATENT, height, width if anisotropic else height, turn, shift)
     if low_resolution < p_low_resolution:
         return Tau(IMAGE, height, height)
-    return Tau(NONE)
+    return Tau(NONE, reduction=reductions[int(len(reductions) * reduction)] if reductions else None)
 
 
 def resize(x, size, method="bilinear", antialias=False):
@@ -99,14 +110,34 @@ def quarter_turns(x, turns):
     return jax.lax.switch(turns % 4, rotations, x)
 
 
-def apply_tau(x, size=None, turns=0, method="bilinear", antialias=False):
-    """tau(x): (B, H, W, C) scaled to `size` = (h, w), None for no scaling, then turned clockwise.
+def shifted(x, shift, method="bilinear"):
+    """Moves (B, H, W, C) down and right by shift = (dy, dx) pixels; what leaves on one side comes in on the other.
+
+    Two integers move exactly, anything else interpolates as `resize` does, in float32; both may be traced. The border
+    is circular as in AF-LDM's training, which interpolates by an ideal low-pass filter instead and leaves what came
+    in out of its loss.
+    """
+    if all(jnp.issubdtype(jnp.result_type(by), jnp.integer) for by in shift):
+        return jnp.roll(x, shift, axis=(1, 2))
+    shift = jnp.stack([jnp.asarray(by, jnp.float32) for by in shift])
+    whole = jnp.floor(shift)
+    rolled = jnp.roll(x.astype(jnp.float32), tuple(whole.astype(jnp.int32)), axis=(1, 2))
+    margin = 3  # more than any kernel reaches
+    framed = jnp.pad(rolled, ((0, 0), (margin, margin), (margin, margin), (0, 0)), mode="wrap")
+    moved = jax.image.scale_and_translate(framed, framed.shape, (1, 2), jnp.ones(2), shift - whole,
+                                          _RESIZE[method, False], antialias=False)
+    return moved[:, margin:-margin, margin:-margin].astype(x.dtype)
+
+
+def apply_tau(x, size=None, turns=0, method="bilinear", antialias=False, shift=None):
+    """tau(x): (B, H, W, C) scaled to `size` = (h, w), None for no scaling, shifted, then turned clockwise.
 
     method: "bilinear" (released code) or "bicubic" (paper); antialias: off in the released code, so a
-    shrunken target is aliased. Returns (B, h, w, C), or (B, w, h, C) after an odd number of turns.
+    shrunken target is aliased. shift: as `shifted` takes it, in pixels of the scaled x; None for none. Returns
+    (B, h, w, C), or (B, w, h, C) after an odd number of turns.
     """
     scaled = x if size is None else resize(x, size, method, antialias)
-    return quarter_turns(scaled, turns)
+    return quarter_turns(scaled if shift is None else shifted(scaled, shift, method), turns)
 
 
 def relative_error(moved, encoded):

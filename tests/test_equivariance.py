@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eqvae_jax import equivariance
-from eqvae_jax.equivariance import Tau, apply_tau, draw_tau
+from eqvae_jax.equivariance import Tau, apply_tau, draw_tau, shifted
 
 
 def torch_tau(x, scale, turns, mode="bilinear", antialias=False):
@@ -109,3 +109,65 @@ def test_transform_groups_of_the_paper():
 def test_image_size_is_the_latent_size_times_the_factor():
     assert Tau("latent", 9, 12, 1).image_size(8) == (72, 96)
     assert Tau("none").image_size(8) is None
+
+
+def test_shifts_change_no_other_draw_and_no_program_but_the_equivariance_branch():
+    plain = [draw_tau(5, i, sizes=(4, 6, 9)) for i in range(400)]
+    moved = [draw_tau(5, i, sizes=(4, 6, 9), max_shift=3, reductions=(2, 4)) for i in range(400)]
+    assert [tau._replace(shift=None, reduction=None) for tau in moved] == plain
+    assert all(tau.shift is None and tau.reduction is None for tau in plain)
+    for tau in moved:
+        assert (tau.shift is not None) == (tau.where == "latent")
+        assert (tau.reduction is not None) == (tau.where == "none")
+    shifts = np.array([tau.shift for tau in moved if tau.shift])
+    for axis in (0, 1):
+        assert set(shifts[:, axis]) == set(range(-3, 4)) and abs(shifts[:, axis].mean()) < 0.5
+    assert abs(np.corrcoef(shifts.T)[0, 1]) < 0.2
+    assert {tau.reduction for tau in moved} == {None, 2, 4}
+    alone = [draw_tau(5, i, sizes=(4, 6, 9), reductions=(2, 4)) for i in range(400)]
+    assert [tau.reduction for tau in alone] == [tau.reduction for tau in moved]
+
+
+@pytest.mark.parametrize("method", ["bilinear", "bicubic"])
+def test_shifts_are_circular_convolutions_with_torchs_kernels(method):
+    x = np.random.default_rng(6).normal(size=(2, 8, 9, 3)).astype(np.float32)
+
+    def kernel(d):  # Keys' with a = -0.75 for torch's bicubic, which does not even keep a ramp
+        d = abs(d)
+        if method == "bilinear":
+            return max(1 - d, 0)
+        return 1.25 * d**3 - 2.25 * d**2 + 1 if d <= 1 else -0.75 * (d**3 - 5 * d**2 + 8 * d - 4) if d < 2 else 0
+
+    for by in ((2, -3), (2.0, -3.0), (0.375, -1.75)):
+        expected = x
+        for axis, offset in zip((1, 2), by, strict=True):
+            expected = sum(kernel(n - offset) * np.roll(expected, n, axis) for n in range(-5, 6))
+        np.testing.assert_allclose(shifted(x, by, method), expected, atol=1e-5)
+
+
+def test_a_ramp_moves_by_the_shift():
+    ramp = np.broadcast_to(np.arange(16, dtype=np.float32)[:, None], (1, 16, 4)).reshape(1, 16, 4, 1)
+    for by in (0.375, -2.25):
+        np.testing.assert_allclose(shifted(ramp, (by, 0.5))[0, 3:-5], ramp[0, 3:-5] - by, atol=1e-5)
+
+
+def test_half_a_pixel_is_the_mean_of_two():
+    x = np.random.default_rng(7).normal(size=(1, 4, 5, 2)).astype(np.float32)
+    np.testing.assert_allclose(shifted(x, (0.5, 1)), (np.roll(x, (0, 1), (1, 2)) + np.roll(x, (1, 1), (1, 2))) / 2,
+                               atol=1e-6)
+
+
+def test_tau_scales_then_shifts_then_turns_and_shifts_may_be_traced():
+    x = np.random.default_rng(8).normal(size=(1, 8, 8, 2)).astype(np.float32)
+    expected = np.rot90(np.roll(equivariance.resize(x, (6, 6)), (1, -2), (1, 2)), 1, axes=(2, 1))
+    traced = jax.jit(lambda x, k, by: apply_tau(x, (6, 6), k, shift=by))
+    np.testing.assert_array_equal(traced(x, 1, (1, -2)), expected)
+    np.testing.assert_allclose(traced(x, 1, (1.0, -2.0)), expected, atol=1e-6)
+    assert traced(x, 2, (3, 0)).shape == (1, 6, 6, 2) and traced._cache_size() == 2  # integers, and floats
+
+
+def test_image_and_latent_move_together():
+    """Nearest-neighbour doubling, a decoder of factor 2, commutes with a shift of the latent by whole pixels."""
+    z = np.random.default_rng(9).normal(size=(1, 4, 4, 1)).astype(np.float32)
+    decode = lambda z: np.asarray(z).repeat(2, 1).repeat(2, 2)
+    np.testing.assert_allclose(decode(shifted(z, (1.0, -1.0))), shifted(decode(z), (2, -2)), atol=1e-6)

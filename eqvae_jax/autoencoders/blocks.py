@@ -26,11 +26,30 @@ def bias_init(fan_in):
 kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def conv(x, features, size, name, dtype, stride=1, padding=None):
-    """Biased size x size convolution initialised as torch does, its output tagged "conv" for remat policies."""
-    if padding is None:
-        padding = ((size // 2, size // 2),) * 2
-    layer = nn.Conv(features, (size, size), stride, padding, dtype=dtype, kernel_init=kernel_init,
+# What convolutions see beyond the border. LDM has zeros. "reflect" is the mirror image, everywhere; the third leaves
+# zeros in the downsampling, as those do who set padding_mode="reflect" on every padding Conv2d of torch: there LDM and
+# diffusers pad by a function of its own. That is what Anzhc's MS-LC-EQ-D-VR needs (kohya-ss/sd-scripts, issue 2189).
+PADDINGS = ("zeros", "reflect", "reflect_but_downsampling")
+
+
+def padded(x, amounts, padding, mode="reflect"):
+    """(x, padding still to do): of (B, H, W, C), by amounts = ((top, bottom), (left, right)) pixels.
+
+    padding: of PADDINGS; "zeros" is left to the convolution. mode: of jnp.pad, for the others. A map that is one pixel
+    wide has no mirror image; it continues as that pixel (torch refuses it).
+    """
+    if padding == "zeros":
+        return x, amounts
+    return jnp.pad(x, ((0, 0), *amounts, (0, 0)), mode=mode), ((0, 0), (0, 0))
+
+
+def conv(x, features, size, name, dtype, stride=1, amounts=None, padding="zeros"):
+    """Biased size x size convolution initialised as torch does, its output tagged "conv" for remat policies.
+
+    amounts: pixels of padding, as of `padded`; None for what keeps the size.
+    """
+    x, rest = padded(x, ((size // 2, size // 2),) * 2 if amounts is None else amounts, padding)
+    layer = nn.Conv(features, (size, size), stride, rest, dtype=dtype, kernel_init=kernel_init,
                     bias_init=bias_init(size * size * x.shape[-1]), name=name)
     return checkpoint_name(layer(x), "conv")
 
@@ -103,13 +122,14 @@ class ResnetBlock(nn.Module):
     features: int
     groups: int = 32
     dtype: Any = jnp.float32
+    padding: str = "zeros"
 
     @nn.compact
     def __call__(self, x):
         h = GroupNorm(self.groups, name="norm1")(x)
-        h = conv(h, self.features, 3, "conv1", self.dtype)
+        h = conv(h, self.features, 3, "conv1", self.dtype, padding=self.padding)
         h = GroupNorm(self.groups, name="norm2")(h)
-        h = conv(h, self.features, 3, "conv2", self.dtype)
+        h = conv(h, self.features, 3, "conv2", self.dtype, padding=self.padding)
         if x.shape[-1] != self.features:  # the shortcut sees the raw input, not the normalised one
             x = conv(x, self.features, 1, "shortcut", self.dtype)
         return x + h
@@ -140,6 +160,7 @@ class Upsample(nn.Module):
     """
 
     dtype: Any = jnp.float32
+    padding: str = "zeros"
 
     @nn.compact
     def __call__(self, x):
@@ -152,8 +173,9 @@ class Upsample(nn.Module):
         kernels = kernels.astype(self.dtype)
 
         def phase(p, q):
-            padding = ((1 - p, p), (1 - q, q))
-            return lax.conv_general_dilated(x.astype(self.dtype), kernels[p, q], (1, 1), padding,
+            # The first pixel of the doubled map's mirror image is a copy of the outermost pixel.
+            framed, rest = padded(x, ((1 - p, p), (1 - q, q)), self.padding, mode="edge")
+            return lax.conv_general_dilated(framed.astype(self.dtype), kernels[p, q], (1, 1), rest,
                                             dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
         rows = [jnp.stack([phase(p, 0), phase(p, 1)], axis=3) for p in (0, 1)]  # (B, h, w, 2, C)

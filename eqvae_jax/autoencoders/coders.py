@@ -25,13 +25,14 @@ class _Coder(nn.Module):
     groups: int
     dtype: Any
     remat: bool
+    padding: str
 
     def block(self, x, level, name):
         # With remat only convolution outputs are kept (0.55 instead of 2.76 GiB an image at 256 x 256 in
         # bf16); what is recomputed is normalisation and swish, never a convolution.
         policy = jax.checkpoint_policies.save_only_these_names("conv")
         module = nn.remat(ResnetBlock, policy=policy) if self.remat else ResnetBlock
-        return module(self.channels * self.multipliers[level], self.groups, self.dtype, name=name)(x)
+        return module(self.channels * self.multipliers[level], self.groups, self.dtype, self.padding, name=name)(x)
 
     def middle(self, x):
         x = self.block(x, -1, "mid_block_1")
@@ -40,7 +41,7 @@ class _Coder(nn.Module):
 
     def head(self, x):
         features = GroupNorm(self.groups, name="norm_out")(x)
-        return conv(features, self.out_channels, 3, "conv_out", self.dtype), features
+        return conv(features, self.out_channels, 3, "conv_out", self.dtype, padding=self.padding), features
 
 
 class Encoder(_Coder):
@@ -48,7 +49,8 @@ class Encoder(_Coder):
 
     @nn.compact
     def __call__(self, x):
-        x = conv(x, self.channels, 3, "conv_in", self.dtype)
+        x = conv(x, self.channels, 3, "conv_in", self.dtype, padding=self.padding)
+        beyond = "reflect" if self.padding == "reflect" else "zeros"
         for level in range(len(self.multipliers)):
             for j in range(self.blocks_per_level):
                 x = self.block(x, level, f"down_{level}_block_{j}")
@@ -56,7 +58,7 @@ class Encoder(_Coder):
                     x = AttentionBlock(self.groups, self.dtype, name=f"down_{level}_attention_{j}")(x)
             if level < len(self.multipliers) - 1:
                 # LDM pads bottom and right only; "SAME" would differ for odd sizes.
-                x = conv(x, x.shape[-1], 3, f"down_{level}_downsample", self.dtype, 2, ((0, 1), (0, 1)))
+                x = conv(x, x.shape[-1], 3, f"down_{level}_downsample", self.dtype, 2, ((0, 1), (0, 1)), beyond)
         return self.head(self.middle(x))[0]
 
 
@@ -65,7 +67,7 @@ class Decoder(_Coder):
 
     @nn.compact
     def __call__(self, z):
-        x = conv(z, self.channels * self.multipliers[-1], 3, "conv_in", self.dtype)
+        x = conv(z, self.channels * self.multipliers[-1], 3, "conv_in", self.dtype, padding=self.padding)
         x = self.middle(x)
         for level in reversed(range(len(self.multipliers))):
             for j in range(self.blocks_per_level + 1):
@@ -73,7 +75,7 @@ class Decoder(_Coder):
                 if level in self.attention_levels:
                     x = AttentionBlock(self.groups, self.dtype, name=f"up_{level}_attention_{j}")(x)
             if level > 0:
-                x = Upsample(self.dtype, name=f"up_{level}_upsample")(x)
+                x = Upsample(self.dtype, self.padding, name=f"up_{level}_upsample")(x)
         return self.head(x)
 
 
@@ -82,8 +84,8 @@ class Autoencoder(nn.Module):
 
     channels, multipliers: width of each level, full resolution first. blocks_per_level: residual blocks in an
     encoder level (a decoder level has one more). latent_channels: C of the latent. attention_levels: levels with
-    attention beside the middle's. dtype: what convolutions compute in. remat: recompute normalisation and
-    activations in the backward pass to save memory.
+    attention beside the middle's. padding: what convolutions see beyond the border, of blocks.PADDINGS. dtype: what
+    convolutions compute in. remat: recompute normalisation and activations in the backward pass to save memory.
     """
 
     channels: int = 128
@@ -92,6 +94,7 @@ class Autoencoder(nn.Module):
     latent_channels: int = 4
     groups: int = 32
     attention_levels: tuple = ()
+    padding: str = "zeros"
     dtype: Any = jnp.float32
     remat: bool = False
 
@@ -103,7 +106,8 @@ class Autoencoder(nn.Module):
     def coders(self, moments):
         """Encoder to `moments` channels, and decoder to images."""
         common = dict(channels=self.channels, multipliers=self.multipliers, blocks_per_level=self.blocks_per_level,
-                      attention_levels=self.attention_levels, groups=self.groups, dtype=self.dtype, remat=self.remat)
+                      attention_levels=self.attention_levels, groups=self.groups, dtype=self.dtype, remat=self.remat,
+                      padding=self.padding)
         return Encoder(out_channels=moments, **common), Decoder(out_channels=3, **common)
 
     def pointwise(self, features, fan_in):

@@ -6,6 +6,7 @@ modules/distributions.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from eqvae_jax.autoencoders.coders import Autoencoder
@@ -47,6 +48,22 @@ class Posterior(struct.PyTreeNode):
         """KL divergence from the standard normal in nats, summed over the latent, (B,)."""
         terms = jnp.square(self.mean) + jnp.exp(self.logvar) - 1.0 - self.logvar
         return 0.5 * jnp.sum(terms, axis=(1, 2, 3))
+
+
+def latent_noise(z, gamma, key, index):
+    """(1 - t) z + t gamma eps, with t uniform in 0..1 for each example and eps standard normal; (B, h, w, C).
+
+    gamma: the noise's standard deviation, in the unit of z. key, index: of the posterior's sample, whose noise is
+    another; an example's draw, too, depends on them alone. Source: l-DeTok (arXiv 2507.15856), its models/detok.py.
+    """
+    key = jax.random.fold_in(key, np.uint32(2**32 - 1))  # no example's index, each of which is a key of the sample's
+
+    def corrupt(z, i):
+        level, noise = jax.random.split(jax.random.fold_in(key, i))
+        t = jax.random.uniform(level)
+        return (1 - t) * z + t * gamma * jax.random.normal(noise, z.shape)
+
+    return jax.vmap(corrupt)(z, index)
 
 
 class AutoencoderKL(Autoencoder):

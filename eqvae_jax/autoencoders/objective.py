@@ -9,7 +9,8 @@ on them:
     pull       z's cotangent -> posterior's -> encoder's gradients
 
 The paper's explicit alternative adds one, `gap`: ||tau E(x) - E(tau x)||^2 between two encodings, beside plain
-reconstruction. The cotangents between them are `jax.vjp`'s, passed across program boundaries as pytrees.
+reconstruction. Scale equivariance, which is not the paper's, adds `decode_reduced`: the same image once more, from a
+smaller latent. The cotangents between them are `jax.vjp`'s, passed across program boundaries as pytrees.
 """
 
 from functools import partial
@@ -19,7 +20,9 @@ import jax.numpy as jnp
 
 from eqvae_jax import equivariance
 from eqvae_jax.autoencoders import losses
+from eqvae_jax.autoencoders.blocks import padded
 from eqvae_jax.autoencoders.discriminator import PatchDiscriminator
+from eqvae_jax.autoencoders.kl import latent_noise
 from eqvae_jax.features.lpips import lpips as lpips_distance
 from eqvae_jax.training.programs import call
 from eqvae_jax.training.sharding import whole
@@ -62,10 +65,10 @@ def eq_gradients(config, model, devices=1, shardings=None):
     """
     loss, discriminator, variational = config.loss, make_discriminator(config, model, devices), model.kind == "kl"
     explicit, constant_target = EXPLICIT.get(config.equivariance.objective, (False, False))
-    explicit_weight = loss.explicit_weight
+    explicit_weight, scale_weight, noise = loss.explicit_weight, loss.scale_equivariance_weight, loss.latent_noise
     # KL models add up the values of an image and weigh the posterior; VQ models average and weigh the codebook.
     reduction = "sum" if variational else "mean"
-    kl_weight = jnp.float32(loss.kl_weight if variational else 0.0)
+    kl_weight, no_kl = jnp.float32(loss.kl_weight if variational else 0.0), jnp.float32(0.0)
     interpolation = dict(method=config.equivariance.method, antialias=config.equivariance.antialias)
 
     def gathered(params, role="autoencoder"):
@@ -73,31 +76,39 @@ def eq_gradients(config, model, devices=1, shardings=None):
             return params
         return whole(params, {name: shardings[role][name] for name in params})
 
+    def on_latent(shift):
+        return shift and tuple(by / model.downsampling for by in shift)
+
+    def reconstruction(lpips, x, y, reduction):
+        p = lpips_distance(lpips, x, y) if loss.perceptual_weight else jnp.zeros(len(x))
+        return losses.reconstruction_loss(x, y, p, loss.perceptual_weight, loss.logvar, reduction), p.mean()
+
     @partial(jax.jit, static_argnames=("size", "static_turns"))
-    def encode(encoding, image, turns, size, static_turns):
+    def encode(encoding, image, turns, shift, size, static_turns):
         turns = turns if static_turns is None else static_turns
-        x = equivariance.apply_tau(to_float(image), size, turns, **interpolation)  # (B, H, W, 3)
+        x = equivariance.apply_tau(to_float(image), size, turns, shift=shift, **interpolation)  # (B, H, W, 3)
         posterior, pull = jax.vjp(lambda p: model.apply({"params": gathered(p)}, x, method="encode"), encoding)
         return x, posterior, pull
 
     @partial(jax.jit, static_argnames=("size", "image_size", "static_turns"))
-    def transform(posterior, x, key, index, turns, size, image_size, static_turns):
+    def transform(posterior, x, key, index, turns, shift, size, image_size, static_turns):
         turns = turns if static_turns is None else static_turns
-        tau = lambda array, side: equivariance.apply_tau(array, side, turns, **interpolation)
+        tau = lambda array, side, by: equivariance.apply_tau(array, side, turns, shift=by, **interpolation)
 
         def path(posterior):
-            z = posterior.sample(key, index)  # (B, h, w, C)
-            return tau(z, size), posterior.kl().mean() if variational else jnp.zeros(())
+            z = tau(posterior.sample(key, index), size, on_latent(shift))  # (B, h, w, C)
+            z = latent_noise(z, noise, key, index) if noise else z
+            return z, posterior.kl().mean() if variational else jnp.zeros(())
 
         (z, kl), pull = jax.vjp(path, posterior)
-        return z, tau(x, image_size), kl, pull
+        return z, tau(x, image_size, shift), kl, pull
 
     @partial(jax.jit, static_argnames=("size", "static_turns"))
-    def gap(posterior, encoded, turns, size, static_turns):
+    def gap(posterior, encoded, turns, shift, size, static_turns):
         turns = turns if static_turns is None else static_turns
 
         def distance(posterior, encoded):  # of the modes: two samples differ by their noise whatever the encoder does
-            moved = equivariance.apply_tau(posterior.mode(), size, turns, **interpolation)
+            moved = equivariance.apply_tau(posterior.mode(), size, turns, shift=on_latent(shift), **interpolation)
             return explicit_weight * losses.explicit_loss(moved, encoded.mode(), constant_target, reduction)
 
         return jax.value_and_grad(distance, argnums=(0, 1))(posterior, encoded)
@@ -113,14 +124,11 @@ def eq_gradients(config, model, devices=1, shardings=None):
             return (y, codebook), (features, metrics)
 
         (y, _), pull_decoder, (features, metrics) = jax.vjp(decoder, decoding, z, has_aux=True)
-
-        def reconstruction(y):
-            p = lpips_distance(lpips, x, y) if loss.perceptual_weight else jnp.zeros(len(x))
-            return losses.reconstruction_loss(x, y, p, loss.perceptual_weight, loss.logvar, reduction), p.mean()
-
-        (nll, p), nll_y = jax.value_and_grad(reconstruction, has_aux=True)(y)
+        compare = lambda y: reconstruction(lpips, x, y, reduction)
+        (nll, p), nll_y = jax.value_and_grad(compare, has_aux=True)(y)
         metrics |= {"nll": nll, "l1": jnp.abs(x - y).mean()}
         metrics |= {"lpips": p} if loss.perceptual_weight else {}
+        metrics |= {"scale_equivariance": jnp.zeros(())} if scale_weight else {}  # of every micro-batch; some add to it
         cotangent, critic_grads, buffers = nll_y, {}, {}
         if discriminator:
             weight, g_y, critic_grads, buffers, extra = adversary(critic, decoding, features, x, y, nll_y)
@@ -131,6 +139,18 @@ def eq_gradients(config, model, devices=1, shardings=None):
         codebook_weight = jnp.float32(0.0 if variational else loss.codebook_weight)
         decoding_grads, z_cotangent = pull_decoder((cotangent, codebook_weight))
         return decoding_grads, critic_grads, z_cotangent, buffers, metrics
+
+    @jax.jit
+    def decode_reduced(decoding, lpips, z, x):
+        # Only what compares images. The mean counts for as many values as the full image has, so that the weight is
+        # that of a pixel here to a pixel there, however much smaller x is.
+        values = 3 * config.data.image_size**2 if variational else 1
+
+        def distance(p, z):
+            y = model.apply({"params": gathered(p)}, z, method="decode")
+            return scale_weight * values * reconstruction(lpips, x, y, "mean")[0]
+
+        return jax.value_and_grad(distance, argnums=(0, 1))(decoding, z)
 
     def adversary(critic, decoding, features, x, y, nll_y):
         """Both sides of the GAN from one pass over the real and one over the reconstructed images."""
@@ -147,7 +167,8 @@ def eq_gradients(config, model, devices=1, shardings=None):
 
         # The adaptive weight compares the two gradients at the last kernel alone: a function of the features it sees.
         kernel = decoding["decoder"]["conv_out"]["kernel"].astype(features.dtype)
-        last = lambda k: jax.lax.conv_general_dilated(features, k, (1, 1), ((1, 1), (1, 1)),
+        framed, rest = padded(features, ((1, 1), (1, 1)), model.padding)
+        last = lambda k: jax.lax.conv_general_dilated(framed, k, (1, 1), rest,
                                                       dimension_numbers=("NHWC", "HWIO", "NHWC"))
         pull_kernel = jax.vjp(last, kernel)[1]
         weight = losses.balance(lambda ct: pull_kernel(ct.astype(features.dtype)), nll_y, g_y)
@@ -173,20 +194,30 @@ def eq_gradients(config, model, devices=1, shardings=None):
         encoding, decoding = split_params(params["autoencoder"])
         critic = {"params": params.get("discriminator"), "batch_stats": buffers.get("discriminator")}
         move = latent and not explicit  # the explicit objective decodes what was encoded
+        shift = tau.shift if move else None
 
         shrunk = image_size if image and image_size != batch["image"].shape[1:3] else None
-        x, posterior, pull_encoder = run(encode, encoding, batch["image"], 0, size=shrunk, static_turns=0)
+        x, posterior, pull_encoder = run(encode, encoding, batch["image"], 0, None, size=shrunk, static_turns=0)
         z, x, kl, pull_tau = run(
-            transform, posterior, x, key, batch["index"], tau.turns if move else 0, size=size if move else None,
+            transform, posterior, x, key, batch["index"], tau.turns if move else 0, shift, size=size if move else None,
             image_size=image_size if move else None, static_turns=static_turns if move else 0)
         decoding_grads, critic_grads, dz, stats, metrics = run(decode, decoding, critic, lpips, z, x, step)
         dposterior = run(pull, pull_tau, (dz, kl_weight))
         distance = 0.0
         if latent and explicit:
             turned = dict(static_turns=static_turns)
-            _, encoded, pull_encoded = run(encode, encoding, batch["image"], tau.turns, size=image_size, **turned)
-            distance, (dmoved, dencoded) = run(gap, posterior, encoded, tau.turns, size=size, **turned)
+            drawn = (tau.turns, tau.shift)
+            _, encoded, pull_encoded = run(encode, encoding, batch["image"], *drawn, size=image_size, **turned)
+            distance, (dmoved, dencoded) = run(gap, posterior, encoded, *drawn, size=size, **turned)
             dposterior = run(add, dposterior, dmoved)
+        if tau.reduction:
+            image_size = tuple(side // tau.reduction for side in x.shape[1:3])
+            size = tuple(side // model.downsampling for side in image_size)
+            z, x, _, pull_reduction = run(transform, posterior, x, key, batch["index"], 0, None, size=size,
+                                          image_size=image_size, static_turns=0)
+            metrics["scale_equivariance"], (more, dz) = run(decode_reduced, decoding, lpips, z, x)
+            decoding_grads = run(add, decoding_grads, more)
+            dposterior = run(add, dposterior, run(pull, pull_reduction, (dz, no_kl)))
         encoding_grads = run(pull, pull_encoder, dposterior)
         if latent and explicit and not constant_target:
             encoding_grads = run(add, encoding_grads, run(pull, pull_encoded, dencoded))

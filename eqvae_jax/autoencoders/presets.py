@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+from eqvae_jax.autoencoders.blocks import PADDINGS
 from eqvae_jax.autoencoders.coders import Autoencoder
 from eqvae_jax.autoencoders.kl import AutoencoderKL
 from eqvae_jax.autoencoders.vq import AutoencoderVQ
@@ -56,14 +57,29 @@ def describe(model):
 def from_description(values):
     """The model that `describe` described; entries that are no fields of it are left out.
 
-    Raises ValueError where the kind is not one of MODELS.
+    Raises ValueError where the kind is not one of MODELS, or the padding not of PADDINGS.
     """
     kind = values.get("kind", "kl")
     if kind not in MODELS:
         raise ValueError(f"an autoencoder of kind {kind!r}; this version knows {', '.join(MODELS)}")
     names = {field.name for field in dataclasses.fields(MODELS[kind])} - set(_HOW)
+    check_padding(values.get("padding", "zeros"))
     as_field = lambda value: tuple(value) if isinstance(value, (list, tuple)) else value
     return MODELS[kind](**{name: as_field(value) for name, value in values.items() if name in names})
+
+
+def configured(model, settings):
+    """The model with the dtype, remat and padding of a config's section `model`; padding "" is the model's own.
+
+    Raises ValueError where the padding is not of PADDINGS.
+    """
+    check_padding(settings.padding or model.padding)
+    return model.clone(dtype=settings.dtype, remat=settings.remat, padding=settings.padding or model.padding)
+
+
+def check_padding(padding):
+    if padding not in PADDINGS:
+        raise ValueError(f"an autoencoder with padding {padding!r}; this version knows {', '.join(PADDINGS)}")
 
 
 def names_of(model):

@@ -1,5 +1,6 @@
 """The autoencoder's task for the one training loop: EQ fine-tuning, or plain training."""
 
+import math
 from collections import Counter
 from functools import partial
 
@@ -42,6 +43,7 @@ def check(config, model, mesh):
     if config.loss.disc_batch_norm not in ("synchronised", "per_device"):
         raise ValueError(f'loss.disc_batch_norm is {config.loss.disc_batch_norm!r}; it must be "synchronised" or '
                          '"per_device".')
+    check_options(config, model)
     micro = mesh.size * config.training.accumulate
     if config.data.batch_size % micro:
         raise ValueError(f"data.batch_size is {config.data.batch_size}; it must be a multiple of {mesh.size} devices x "
@@ -55,6 +57,34 @@ def check(config, model, mesh):
         if used and smallest < needed:
             raise ValueError(f"{name} needs images of {needed} pixels, but equivariance.sizes go down to {smallest} "
                              "pixels; leave out the smallest sizes, or set its weight to 0.")
+
+
+def check_options(config, model):
+    """Of `check`, what is not the paper's: docs/beyond.md."""
+    loss, eq, side = config.loss, config.equivariance, config.data.image_size
+    factors, latent_side = loss.scale_equivariance_factors, side // model.downsampling
+    if type(eq.max_shift) is not int or not 0 <= eq.max_shift < side:
+        raise ValueError(f"equivariance.max_shift is {eq.max_shift!r}; it must be a whole number of image pixels, 0 to "
+                         f"{side - 1}.")
+    for name in ("scale_equivariance_weight", "latent_noise"):
+        if not 0 <= loss[name] < math.inf:
+            raise ValueError(f"loss.{name} is {loss[name]}; it must be 0, which is off, or more.")
+    if loss.latent_noise and model.kind != "kl":
+        raise ValueError(f"loss.latent_noise is {loss.latent_noise}, and this is a {model.kind.upper()} autoencoder: "
+                         "noise before quantisation would draw its codes to the noise. It is for KL models; set it "
+                         "to 0.")
+    if not loss.scale_equivariance_weight:
+        return
+    if not factors or any(type(k) is not int or k < 2 or latent_side % k for k in factors):
+        raise ValueError(f"loss.scale_equivariance_factors is {tuple(factors)}; it must name divisors of the latent "
+                         f"side {latent_side}, 2 or more.")
+    if loss.perceptual_weight and side // max(factors) < 16:
+        raise ValueError("LPIPS needs images of 16 pixels, but loss.scale_equivariance_factors go down to "
+                         f"{side // max(factors)}; leave out the largest, or set loss.perceptual_weight to 0.")
+    if eq.p_equivariance == 1 or eq.p_low_resolution == 1:
+        raise ValueError("loss.scale_equivariance_weight acts beside plain reconstruction, which "
+                         "equivariance.p_equivariance and p_low_resolution never leave a step to; lower the one that "
+                         "is 1.")
 
 
 def autoencoder_task(config, model, params, mesh, lpips=None, critic=None) -> Task:
@@ -77,7 +107,9 @@ def autoencoder_task(config, model, params, mesh, lpips=None, critic=None) -> Ta
     sampling = dict(config.equivariance)
     sampling.pop("objective")
     interpolation = dict(method=sampling.pop("method"), antialias=sampling.pop("antialias"))
-    draw_tau, root = partial(equivariance.draw_tau, config.seed, **sampling), jax.random.key(config.seed)
+    reductions = tuple(loss.scale_equivariance_factors) if loss.scale_equivariance_weight else ()
+    draw_tau = partial(equivariance.draw_tau, config.seed, **sampling, reductions=reductions)
+    root = jax.random.key(config.seed)
 
     def init(params, critic, key):
         params = {"autoencoder": jax.tree.map(jnp.asarray, params)}
@@ -128,8 +160,8 @@ def autoencoder_task(config, model, params, mesh, lpips=None, critic=None) -> Ta
             total = (grads, metrics) if total is None else run(add, total, (grads, metrics))
         return run(update, state, *total, buffers)
 
-    def shape_of(tau):
-        return tau[:3] if tau.height == tau.width else tau  # turning changes the shape of what is not square
+    def shape_of(tau):  # turning changes the shape of what is not square
+        return tau._replace(shift=None, turns=0 if tau.height == tau.width else tau.turns)
 
     def variants(draws=4096):
         """A step of each shape of tau, of which all micro-batches have it; how often, by the first draws of a run."""
@@ -140,8 +172,10 @@ def autoencoder_task(config, model, params, mesh, lpips=None, critic=None) -> Ta
         for shape, tau in first.items():
             height, width = tau.image_size(model.downsampling) or (config.data.image_size,) * 2
             name = "full size" if tau.height is None else f"{tau.where} {height} x {width}"
-            name += "" if len(shape) == 3 else f", {tau.turns} turns"
-            yield Variant(name, tau.where, counts[shape] / draws, height * width, partial(train_step, tau=tau))
+            name += f", {tau.turns} turns" if tau.height != tau.width else ""
+            name += f" and 1/{tau.reduction} of it" if tau.reduction else ""
+            group = f"{tau.where} with 1/{tau.reduction}" if tau.reduction else tau.where
+            yield Variant(name, group, counts[shape] / draws, height * width, partial(train_step, tau=tau))
 
     def model_flops():
         """FLOPs of an image in training, the networks of the loss included, averaged over tau."""
@@ -165,7 +199,8 @@ def autoencoder_task(config, model, params, mesh, lpips=None, critic=None) -> Ta
             tau = draw_tau(number)
             if shape_of(tau) not in seen:
                 seen.add(shape_of(tau))
-                yield f"tau {tau.where} {tau.height} x {tau.width}", partial(
+                smaller = f" and 1/{tau.reduction}" if tau.reduction else ""
+                yield f"tau {tau.where} {tau.height} x {tau.width}{smaller}", partial(
                     gradients, state.params, state.buffers, lpips, batch, tau, root, state.step, run=compile_only)
 
     def weights(state):

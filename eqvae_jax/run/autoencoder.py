@@ -30,6 +30,7 @@ PUBLISHED = {
     "sd3": "diffusers:stabilityai/stable-diffusion-3-medium-diffusers/vae (gated)",
     "vqgan": "taming:FILE, with last.ckpt of taming-transformers' vqgan_imagenet_f16_1024",
 }
+PADDINGS = ("", "zeros", "reflect", "reflect_but_downsampling")  # of autoencoders.blocks, and that of config.init
 CARRIERS = ("ldm:", "taming:")  # their files may hold the loss's networks beside the autoencoder, and never a scale
 
 
@@ -62,6 +63,9 @@ def preflight(config):
         raise ValueError(f"training.accumulate is {config.training.accumulate}; it must be at least 1.")
     if config.model.dtype not in ("float32", "bfloat16"):
         raise ValueError(f'model.dtype is {config.model.dtype!r}; it must be "float32" or "bfloat16".')
+    if config.model.padding not in PADDINGS:
+        raise ValueError(f"model.padding is {config.model.padding!r}; it must be one of "
+                         f"{', '.join(map(repr, PADDINGS))}.")
 
 
 def train(config, workdir):
@@ -83,7 +87,10 @@ def train(config, workdir):
     seen = batches.identity
     batches = batches._replace(identity=lambda: seen() | {config.init: spec.hash})
     spec = with_published_scale(config, model, spec)
-    model = model.clone(dtype=config.model.dtype, remat=config.model.remat)
+    if config.model.padding not in ("", model.padding):
+        logging.info("%s was trained with padding %r and goes on with %r.", config.init, model.padding,
+                     config.model.padding)
+    model = presets.configured(model, config.model)
     if not data.batch_size:  # a run keeps the batch it began with when it goes on with other devices
         data.batch_size = (saved_value(workdir, "data.batch_size")
                            or data.batch_per_device * mesh.size * accumulate)
@@ -149,6 +156,7 @@ def describe(config, model, spec, mesh, images, parameters):
         side = data.image_size // model.downsampling
         print(f"tau: {len(eq.sizes)} scales from {min(eq.sizes) / side:.3g} to {max(eq.sizes) / side:.3g}, "
               f"P(equivariance) {eq.p_equivariance}, P(low resolution) "
-              f"{(1 - eq.p_equivariance) * eq.p_low_resolution:.3g}.")
+              f"{(1 - eq.p_equivariance) * eq.p_low_resolution:.3g}"
+              f"{f', shifts of up to {eq.max_shift} pixels' if eq.p_equivariance and eq.max_shift else ''}.")
     else:
         print("Plain training, without tau.")

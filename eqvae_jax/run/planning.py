@@ -84,7 +84,7 @@ def replicated(mesh, shapes):
 
 
 def autoencoder(config, mesh, hold):
-    from eqvae_jax.autoencoders.presets import PRESETS
+    from eqvae_jax.autoencoders.presets import PRESETS, configured
     from eqvae_jax.autoencoders.task import autoencoder_task, check
     from eqvae_jax.features.lpips import LPIPS, SMALLEST
     from eqvae_jax.weights.tables import parameter_shapes
@@ -92,7 +92,7 @@ def autoencoder(config, mesh, hold):
     name = config.init.removeprefix("init:") if config.init.startswith("init:") else config.preset
     if name not in PRESETS:
         raise ValueError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}.")
-    model = PRESETS[name].model.clone(dtype=config.model.dtype, remat=config.model.remat)
+    model = configured(PRESETS[name].model, config.model)
     check(config, model, mesh)
     config.loss.logvar = config.loss.logvar or 0.0
     lpips = None

@@ -22,7 +22,7 @@ class AutoencoderSpec:
     """What a user of latents must know: diffusion models see (z - shift) * scale, and belong to these very weights.
 
     kind: family of the model, "kl" or "vq". reference: where the weights came from. hash: 16 hexadecimal digits of
-    the weights.
+    the weights and of the padding between them.
     """
 
     kind: str
@@ -54,7 +54,7 @@ def open_autoencoder(reference, *, seed=0):
     """What `load_autoencoder` gives, and what of the file is not part of it; raises the same."""
     reference = parse_reference(reference)
     model, params, scale, shift, left_out = LOADERS[reference.kind](reference.rest, seed)
-    spec = AutoencoderSpec(model.kind, scale, shift, str(reference), parameter_hash(params))
+    spec = AutoencoderSpec(model.kind, scale, shift, str(reference), parameter_hash(params, model.padding))
     return Opened(model, params, spec, left_out)
 
 
@@ -63,9 +63,11 @@ def save_autoencoder(reference, model, params, spec):
 
     A folder is for `from_pretrained` of diffusers' AutoencoderKL or VQModel, and keeps the scale and shift of spec;
     the other formats have no place for them. A file appears under its name only once it is complete.
-    Raises WeightsError where the parameters are not the model's, or a file cannot be written.
+    Raises WeightsError where the parameters are not the model's, its graph is none of theirs, or a file cannot be
+    written.
     """
     kind, rest = parse_reference(reference)
+    check_writable(reference, model)
     path = pathlib.Path(rest)
     if kind == "diffusers":
         diffusers_folder.write(path, model, params, spec.scale, spec.shift)
@@ -77,9 +79,18 @@ def save_autoencoder(reference, model, params, spec):
         raise WeightsError(f"{reference}: weights are written as {FORMS}")
 
 
-def parameter_hash(params):
-    """16 hexadecimal digits that change with any value, name or shape of the parameters."""
-    digest = hashlib.sha256()
+def check_writable(reference, model):
+    """Raises WeightsError for a model of which no format of others could say what it computes."""
+    if model.padding != "zeros":
+        raise WeightsError(
+            f"{reference}: this autoencoder's convolutions pad with {model.padding!r}, and the graphs of diffusers, "
+            "latent-diffusion and taming-transformers pad with zeros and have no field for it: there, its images would "
+            "have wrong borders. Use it from its workdir:DIR, or go on training it with --config.model.padding=zeros.")
+
+
+def parameter_hash(params, padding="zeros"):
+    """16 hexadecimal digits that change with any value, name or shape of the parameters, and with the padding."""
+    digest = hashlib.sha256(b"" if padding == "zeros" else padding.encode())
     for path, value in sorted(flax.traverse_util.flatten_dict(params, sep="/").items()):
         value = np.ascontiguousarray(value, np.float32)
         digest.update(f"{path} {value.shape} ".encode())

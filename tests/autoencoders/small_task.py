@@ -24,9 +24,10 @@ def small_config(**changes):
                        weight_decay=0.0, clip_norm=0.0),
         loss=dict(perceptual_weight=0.0, kl_weight=1e-3, disc_weight=0.0, disc_factor=1.0, disc_start=0, disc_width=4,
                   disc_batch_norm="synchronised",
-                  disc_layers=1, logvar=0.0, explicit_weight=0.1),
+                  disc_layers=1, logvar=0.0, explicit_weight=0.1, scale_equivariance_weight=0.0,
+                  scale_equivariance_factors=(2, 4), latent_noise=0.0),
         equivariance=dict(sizes=(6,), turns=(1, 2, 3), p_equivariance=0.5, p_low_resolution=0.5, anisotropic=False,
-                          method="bilinear", antialias=False, objective="implicit"),
+                          method="bilinear", antialias=False, objective="implicit", max_shift=0),
         data=dict(image_size=16, batch_size=4, evaluation_batch_size=4)))
     for name, value in changes.items():
         section, _, field = name.partition("__")
