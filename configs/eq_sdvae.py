@@ -155,7 +155,7 @@ def tiny():
     config.data.update(image_size=32, evaluation_limit=200)
     config.equivariance.update(sizes=(2, 4, 6),  # of 8: the scales that S(s) is measured at
                                p_low_resolution=0.0)
-    config.training.update(steps=400, log_every=100, eval_every=0)
+    config.training.update(steps=800, log_every=100, eval_every=0)
     return config
 
 

@@ -125,8 +125,8 @@ def tiny():
     config.data.update(evaluation_limit=500)
     config.sampling.update(evaluations=20, guidance=1.0)
     config.ema_decay = 0.995
-    config.training.update(steps=800, eval_every=400, preview_every=0)
-    config.checkpoint.every = 400
+    config.training.update(steps=1000, eval_every=500, preview_every=0)
+    config.checkpoint.every = 500
     return config
 
 

@@ -28,7 +28,7 @@ from eqvae_jax.reproduction.scales import SCALES, split
 from eqvae_jax.reproduction.stages import in_order
 
 TABLES = {"1": tables.table_1, "2": tables.table_2, "3": tables.table_3, "4": tables.table_4, "5": ablations.table_5,
-          "7": ablations.table_7, "8": ablations.table_8, "12": tables.table_12}
+          "7": ablations.table_7, "8": ablations.table_8, "12": tables.table_12, "beyond": ablations.beyond}
 FIGURES = {"1": figures.figure_1, "2": figures.figure_2, "3": figures.figure_3, "4": figures.figure_4}
 
 
@@ -170,7 +170,8 @@ def _parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--table", choices=tuple(TABLES), help="of the paper; 7 has the control of Table 6 too")
+    what.add_argument("--table", choices=tuple(TABLES),
+                      help="of the paper (7 has the control of Table 6 too), or the options of docs/beyond.md")
     what.add_argument("--figure", choices=tuple(FIGURES), help="of the paper")
     add = parser.add_argument
     add("--scale", choices=tuple(SCALES), default="tiny", help="how large (%(default)s); smoke shows that it runs")

@@ -21,6 +21,12 @@ ARMS = {
     "p_alpha 0.7": ("--config.equivariance.p_equivariance=0.3",),
     "explicit": ("--config.equivariance.objective=explicit",),
     "explicit stop-gradient": ("--config.equivariance.objective=explicit_stop_gradient",),
+    # docs/beyond.md
+    "scale equivariance": (*PLAIN, "--config.loss.scale_equivariance_weight=0.25"),
+    "eq and scale equivariance": ("--config.loss.scale_equivariance_weight=0.25",),
+    "eq and reflect padding": ("--config.model.padding=reflect",),
+    "eq and shifts": ("--config.equivariance.max_shift=4",),
+    "eq and latent noise": ("--config.loss.latent_noise=3.0",),
 }
 FASHION_SET = 60_000  # images in its training set; only estimates of time and disk use it
 
