@@ -1,4 +1,4 @@
-"""The site builds strictly, every relative link of every page of the repository leads somewhere, pictures are in place."""
+"""The site builds strictly, relative links of every page of the repository lead somewhere, pictures are in place."""
 
 import html.parser
 import pathlib
