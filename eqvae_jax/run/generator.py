@@ -8,7 +8,7 @@ from absl import logging
 
 NEEDS = """This config needs a cache of latents: --config.data.latents=DIR, which
   python -m eqvae_jax.encode --autoencoder=REFERENCE --images=REFERENCE --output=DIR
-writes. To see a generator learn in minutes on a CPU: the README, "Train a generator"."""
+writes. To see a generator learn on a CPU: docs/recipes.md, "Fashion-MNIST on a CPU"."""
 NEEDS_REFERENCE = """evaluation.features is {features}: a Fréchet distance needs real images to compare with, as
   --config.evaluation.reference=FILE.npz or any reference to images, folder:DIR and the like;
   --config.evaluation.features="" trains without."""
