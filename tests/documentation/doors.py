@@ -65,10 +65,11 @@ SMALL = {
 }
 MORE = {
     "main": lambda words: {
-        "repa": ["--config.training.preview_every=0", "--config.model.patch_size=2"],  # 2 x 2 places, as the classifier
-        "dit": PLAIN, "sit": PLAIN, "maskgit": PLAIN}.get(re.search(r"(\w+)\.py", words[0])[1], []),
+        "repa": [*PLAIN, "--config.model.patch_size=2"],  # 2 x 2 places, as the classifier sees
+        "sit": [*PLAIN, "--config.model.width=64", "--config.model.heads=1"],  # as its public files take for granted
+        "dit": PLAIN, "maskgit": PLAIN}.get(re.search(r"(\w+)\.py", words[0])[1], []),
     "encode": lambda words: ["--image_size=8", "--batch_size=3", "--limit=6"],
-    "sample": lambda words: ["--batch_size=4", *(["--heads=2"] if "--generator=sit:" in words[0] else [])],
+    "sample": lambda words: ["--batch_size=4"],
     "evaluate": lambda words: generation(words) if words[0] == "generation" else IMAGES,
     "report": lambda words: IMAGES if any(word.startswith("--images") for word in words) else [],
     "convert": lambda words: IMAGES if any("latent-stats" in word for word in words) else [],
