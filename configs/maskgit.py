@@ -57,7 +57,7 @@ def tiny():
     config = quickstart()
     reference = sit["tiny"]()
     config.model.update(width=96, mlp_size=384)
-    config.data.update(batch_size=32, evaluation_limit=200)  # it sees 64 tokens where DiT sees 16 patches
+    config.data.update(batch_size=32, mirror=False, evaluation_limit=200)  # it sees 64 tokens where DiT sees 16 patches
     config.training.update(reference.training)
     config.training.steps = 800
     config.checkpoint.update(reference.checkpoint)

@@ -19,13 +19,17 @@ ARMS = {
     "anisotropic": ("--config.equivariance.anisotropic=True",),
     "p_alpha 0.3": ("--config.equivariance.p_equivariance=0.7",),
     "p_alpha 0.7": ("--config.equivariance.p_equivariance=0.3",),
-    "explicit": ("--config.equivariance.objective=explicit",),
-    "explicit stop-gradient": ("--config.equivariance.objective=explicit_stop_gradient",),
+    # The paper adds its explicit term to the loss of every step.
+    "explicit": ("--config.equivariance.objective=explicit", "--config.equivariance.p_equivariance=1.0"),
+    "explicit stop-gradient": (
+        "--config.equivariance.objective=explicit_stop_gradient",
+        "--config.equivariance.p_equivariance=1.0",
+    ),
     # docs/beyond.md
     "scale equivariance": (*PLAIN, "--config.loss.scale_equivariance_weight=0.25"),
     "eq and scale equivariance": ("--config.loss.scale_equivariance_weight=0.25",),
     "eq and reflect padding": ("--config.model.padding=reflect",),
-    "eq and shifts": ("--config.equivariance.max_shift=4",),
+    "eq and shifts": ("--config.equivariance.max_shift={shift}",),
     "eq and latent noise": ("--config.loss.latent_noise=3.0",),
 }
 FASHION_SET = 60_000  # images in its training set; only estimates of time and disk use it
@@ -44,85 +48,62 @@ class Bench(NamedTuple):
     scale: Scale
     seed: int = 0
 
-    def classifier(self):
-        """The network of Fréchet distances: one for all seeds, or the yardstick would change with what is measured."""
+    def classifier(self, seed=0):
+        """The network of Fréchet distances, one for all seeds, or the yardstick would change with what is measured; of
+        another seed, the network that REPA is aligned with: not the one that judges it.
+        """
         return Stage(
-            "classifier", "main", (f"--config={self.scale.classifier}", *self._data("train")), ("classifier", 1), 2e6
+            "aligner" if seed else "classifier",
+            "main",
+            (f"--config={self.scale.classifier}", *self._data("train"), f"--config.seed={seed}"),
+            ("classifier", 1),
+            2e6,
         )
 
     def base(self, kind):
         """An autoencoder of a kind, such as "sdvae" or "vqgan", trained plainly from random weights."""
         steps = self.scale.base
-        return Stage(
-            f"{kind} base seed {self.seed}",
-            "main",
-            (
-                *self._config(kind),
-                *self._data("tuning"),
-                *PLAIN,
-                f"--config.training.steps={steps}",
-                f"--config.seed={self.seed}",
-            ),
-            (f"{kind} step", steps),
-            10e6,
-        )
+        arguments = (*self._autoencoder(kind), *PLAIN, *self._length(steps))
+        return Stage(f"{kind} base seed {self.seed}", "main", arguments, (f"{kind} step", steps), 10e6)
 
     def autoencoder(self, kind, arm):
         """The start, trained on as the arm says."""
-        start = self._start(kind, "--config.init={}")
-        steps = self.scale.tune
-        if not steps:
-            steps = leaves_of(self._config(kind)[0].partition("=")[2])["training"]["steps"]
+        steps = self.scale.tune or leaves_of(self._config(kind))["training"]["steps"]
         lpips = () if self.scale.classifier else ("--config.loss.lpips_weights=download",)
-        flags = [
-            flag.format(side=self.scale.side // (2 if kind in ("sdvae16", "vqgan") and self.scale.start else 1))
-            for flag in ARMS[arm]
-        ]
-        return Stage(
-            f"{kind} {arm} seed {self.seed}",
-            "main",
-            (
-                *self._config(kind),
-                *self._data("tuning"),
-                *flags,
-                start,
-                *lpips,
-                f"--config.training.steps={steps}",
-                f"--config.seed={self.seed}",
-            ),
-            (f"{kind} {'step' if arm == 'control' else 'EQ step'}", steps),
-            10e6,
-        )
+        flags = [flag.format(side=self.scale.sides[kind], shift=self.scale.shift) for flag in ARMS[arm]]
+        start = self._start(kind, "--config.init={}")
+        arguments = (*self._autoencoder(kind), *flags, start, *lpips, *self._length(steps))
+        work = f"{kind} {'step' if arm == 'control' else 'EQ step'}"
+        return Stage(f"{kind} {arm} seed {self.seed}", "main", arguments, (work, steps), 10e6)
 
     def latents(self, kind, arm, keep_images=False):
         """A cache of posteriors or codes, with the images beside them for REPA."""
         count = self.scale.latents or FASHION_SET
-        more = (f"--limit={self.scale.latents}",) if self.scale.latents else ()
-        more += ("--keep_images",) if keep_images else ()
-        return Stage(
-            f"{kind} {arm} latents{' and images' if keep_images else ''} seed {self.seed}",
-            "encode",
-            (
-                self._reference(kind, arm, "--autoencoder={}"),
-                f"--images={self.scale.images['train']}",
-                f"--image_size={self.scale.image_size}",
-                f"--batch_size={self.scale.batch}",
-                *more,
-            ),
-            ("encoded image", count),
-            (9e3 if keep_images else 5e3) * count,
-        )
+        arguments = [
+            self._reference(kind, arm, "--autoencoder={}"),
+            f"--images={self.scale.images['train']}",
+            f"--image_size={self.scale.image_size}",
+            f"--batch_size={self.scale.batch}",
+        ]
+        arguments += [f"--limit={self.scale.latents}"] if self.scale.latents else []
+        arguments += ["--keep_images"] if keep_images else []
+        name = f"{kind} {arm} latents{' and images' if keep_images else ''}{self._seeded(arm)}"
+        disk = (9e3 if keep_images else 5e3) * count
+        return Stage(name, "encode", tuple(arguments), ("encoded image", count), disk)
 
     def generator(self, name, arm, kind, share=1.0, watched=False):
-        """A generator, dit, sit, repa or maskgit, on an arm's latents, trained for a share of its config's steps.
+        """A generator on an arm's latents, trained for a share of its steps.
 
-        watched: every eighth of its steps it draws a few samples of always the same noise, and measures some more.
+        name: dit, sit, repa or maskgit, or a variant of one such as "dit long", which is the plain one where the scale
+        has no such variant. watched: every eighth of its steps it draws a few samples of always the same noise, and
+        measures some more.
         """
+        name = self._known(name)
         config = self.scale.generators.get(f"{name} on {kind}", self.scale.generators[name])
-        steps = max(1, round(share * leaves_of(config)["training"]["steps"]))
-        align = (self._aligned(),) if name == "repa" else ()
+        steps = self.scale.steps.get(name) or leaves_of(config)["training"]["steps"]
+        steps = max(1, round(share * steps))
         label = f"{name} on {kind} {arm}{f' for {share:.0%} of the steps' if share < 1 else ''}"
-        watch = ()
+        repa, watch = name.startswith("repa"), ()
         if watched:
             every, label = max(1, steps // 8), f"{label}, watched,"
             watch = (
@@ -131,38 +112,26 @@ class Bench(NamedTuple):
                 *self._features("--config.evaluation."),
                 f"--config.evaluation.reference={self._real()}",
             )
-        return Stage(
-            f"{label} seed {self.seed}",
-            "main",
-            (
-                f"--config={config}",
-                Output(self.latents(kind, arm, name == "repa"), "--config.data.latents={}"),
-                *align,
-                *watch,
-                f"--config.training.steps={steps}",
-                f"--config.seed={self.seed}",
-            ),
-            (f"{name} step", steps),
-            25e6,
-        )
+        latents = Output(self.latents(kind, arm, keep_images=repa), "--config.data.latents={}")
+        align = (self._aligned(),) if repa else ()
+        arguments = (f"--config={config}", latents, *align, *watch, *self._length(steps))
+        return Stage(f"{label} seed {self.seed}", "main", arguments, (f"{name.split()[0]} step", steps), 25e6)
 
     def samples(self, name, arm, kind, share=1.0, guided=False):
         generator = self.generator(name, arm, kind, share)
-        more = self.scale.guidance[name] if guided else ()
-        label = generator.name.removesuffix(f" seed {self.seed}") + (", guided," if guided else "")
-        return Stage(
-            f"samples of {label} seed {self.seed}",
-            "sample",
-            (
-                Output(generator, "--generator=workdir:{}"),
-                f"--count={self.scale.samples}",
-                f"--batch_size={self.scale.sample_batch}",
-                f"--seed={self.seed}",
-                *more,
-            ),
-            (f"{name} sample", self.scale.samples * (2 if guided else 1)),
-            3.0 * self.scale.image_size**2 * self.scale.samples,
+        plain = name.split()[0]
+        arguments = (
+            Output(generator, "--generator=workdir:{}"),
+            self._reference(kind, arm, "--autoencoder={}"),
+            f"--count={self.scale.samples}",
+            f"--batch_size={self.scale.sample_batch}",
+            f"--seed={self.seed}",
+            *(self.scale.guidance[plain] if guided else ()),
         )
+        label = generator.name.removesuffix(f" seed {self.seed}") + (", guided," if guided else "")
+        work = (f"{plain} sample", self.scale.samples * (2 if guided else 1))
+        disk = 3.0 * self.scale.image_size**2 * self.scale.samples
+        return Stage(f"samples of {label} seed {self.seed}", "sample", arguments, work, disk)
 
     def generation(self, name, arm, kind="sdvae", share=1.0, guided=False):
         """FID and more of a generator's samples against real images."""
@@ -239,8 +208,23 @@ class Bench(NamedTuple):
         )
 
     def _config(self, kind):
-        variant = f":{self.scale.variant}" if self.scale.variant else ""
-        return (f"--config=configs/eq_{kind}.py{variant}",)
+        return f"configs/eq_{kind}.py{f':{self.scale.variant}' if self.scale.variant else ''}"
+
+    def _autoencoder(self, kind):
+        """Flags of all trainings of a kind. The batch is one of them, or it would depend on the devices."""
+        leaves = leaves_of(self._config(kind))
+        batch = leaves["data"]["batch_per_device"] * leaves["training"]["accumulate"] * self.scale.devices
+        return (f"--config={self._config(kind)}", *self._data("tuning"), f"--config.data.batch_size={batch}")
+
+    def _length(self, steps):
+        return (f"--config.training.steps={steps}", f"--config.seed={self.seed}")
+
+    def _seeded(self, arm):
+        """What a stage's name says of the seed: nothing where published weights are all that it depends on."""
+        return "" if arm == "before" and self.scale.start else f" seed {self.seed}"
+
+    def _known(self, name):
+        return name if name in self.scale.generators else name.split()[0]
 
     def _data(self, split):
         return (
@@ -270,13 +254,13 @@ class Bench(NamedTuple):
     def _aligned(self):
         """The encoder that REPA aligns with."""
         if self.scale.classifier:
-            return Output(self.classifier(), "--config.alignment.encoder=workdir:{}")
+            return Output(self.classifier(seed=1), "--config.alignment.encoder=workdir:{}")
         return "--config.alignment.encoder=dinov2:dinov2_vitb14_pretrain.pth"
 
     def _evaluate(self, measure, kind, arm, limit, *more, work, label=""):
         limits = (f"--limit={limit}",) if limit else ()
         return Stage(
-            f"{label or measure} of {kind} {arm} seed {self.seed}",
+            f"{label or measure} of {kind} {arm}{self._seeded(arm)}",
             "evaluate",
             (
                 measure,

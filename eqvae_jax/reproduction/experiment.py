@@ -59,11 +59,6 @@ def lower(text, column, row, than):
     return Claim(text, (row, column), (than, column))
 
 
-def kinds(bench):
-    """The kinds of autoencoders that a scale has: all with published weights, else one of each sort of latent."""
-    return tuple(bench.scale.start) or ("sdvae", "vqgan")
-
-
 def gfid(bench, name, arm, kind="sdvae", **how):
     return Measure(bench.generation(name, arm, kind, **how), "fid")
 

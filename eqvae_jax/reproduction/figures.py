@@ -7,15 +7,13 @@ from eqvae_jax.reproduction.experiment import Column, Experiment, grid
 _NONE = dict(columns=(), rows=(), paper={}, measured=lambda bench: {})
 
 
-def _arms(bench):
-    """What EQ is compared with: the control, since `before` is no run of its own."""
-    return ("control", "eq")
+ARMS = ("control", "eq")  # `before` is no run of its own, where weights are published
 
 
 def figure_1():
     def pictures(bench):
-        autoencoders = bench.autoencoders_report("sdvae", _arms(bench))
-        generators = bench.generators_report("dit", _arms(bench))
+        autoencoders = bench.autoencoders_report("sdvae", ARMS)
+        generators = bench.generators_report("dit", ARMS)
         return [
             (autoencoders, "latent_pca.png", "The first three principal components of each latent as colours."),
             (generators, "convergence_0.png", "The Fréchet distance of a few samples while DiT learns."),
@@ -31,7 +29,7 @@ def figure_1():
 
 def figure_2():
     def pictures(bench):
-        report = bench.autoencoders_report("sdvae", _arms(bench))
+        report = bench.autoencoders_report("sdvae", ARMS)
         text = "Images after τ, and decodes of their latents, and of the transformed latents of the upright images."
         return [(report, f"tau_{number}.png", text) for number in (1, 2)]
 
@@ -46,22 +44,28 @@ def figure_2():
 def figure_3():
     columns = tuple(Column(name, 1) for name in ("s = 0.75", "s = 0.50", "s = 0.25", "turns"))
     keys = ("rfid/0.75", "rfid/0.5", "rfid/0.25", "rfid_R")
-    rows = {"SD-VAE": None, "SD-VAE + EQ": "eq"}
+    rows = {"SD-VAE": "sdvae", "SDXL-VAE": "sdxlvae"}
 
     def measured(bench):
         found = {}
-        for row, arm in rows.items():
-            stage = bench.equivariance("sdvae", arm or bench.scale.baseline, features=True)
-            found |= {(row, column.name): Measure(stage, key) for column, key in zip(columns, keys, strict=True)}
+        for label, kind in rows.items():
+            if kind in bench.scale.kinds:
+                for row, arm in ((label, bench.scale.baseline), (f"{label} + EQ", "eq")):
+                    stage = bench.equivariance(kind, arm, features=True)
+                    for column, key in zip(columns, keys, strict=True):
+                        found[row, column.name] = Measure(stage, key)
         return found
 
-    paper = grid(columns, {"SD-VAE": (52, 83, 107, 78), "SD-VAE + EQ": (2, 7, 31, 12)})
+    paper = grid(columns, {
+        "SD-VAE": (52, 83, 107, 78), "SD-VAE + EQ": (2, 7, 31, 12),
+        "SDXL-VAE": (64, 117, 130, 192), "SDXL-VAE + EQ": (3, 10, 34, 12),
+    })  # fmt: skip
     return Experiment(
         "Figure 3: rFID of decoded transformed latents",
-        "rFID between D(τE(x)) and τx, for three scales and the mean of the turns. "
-        "The paper's numbers are read off its bars, rounded down.",
+        "rFID between D(τE(x)) and τx, for three scales and the mean of the turns. The paper's numbers are read off "
+        "its bars, rounded down.",
         columns,
-        tuple(rows),
+        tuple(dict.fromkeys(row for row, _ in paper)),
         paper,
         measured,
         tuple(
@@ -75,7 +79,7 @@ def figure_4():
     def pictures(bench):
         return [
             (bench.generator("dit", arm, "sdvae", watched=True), "previews/*.png", f"{arm}: {{name}}")
-            for arm in _arms(bench)
+            for arm in ARMS
         ]
 
     return Experiment(

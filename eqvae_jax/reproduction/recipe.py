@@ -86,41 +86,44 @@ def cost_rows(trainings, say=print):
     """
     rows, known = [], {}
     for stage in trainings:
-        config = recipes.load(
-            next(a.partition("=")[2] for a in stage.arguments if isinstance(a, str) and a.startswith("--config="))
-        )
-        name = f"{config.task} {config.model.get('preset', '')} {config.get('preset', '')}"
-        if name not in known:
+        config, latents = resolved(stage), latents_of(stage)
+        reference = next(a for a in stage.arguments if isinstance(a, str)).partition("=")[2]
+        if (reference, latents) not in known:
             say(f"counting the FLOPs of {stage.name} ...")
-            known[name] = flops_of(config)
-        flops, batch = known[name]
-        steps = int(
-            next(
-                a.partition("=")[2]
-                for a in stage.arguments
-                if isinstance(a, str) and a.startswith("--config.training.steps=")
-            )
-        )
+            known[reference, latents] = flops_of(reference, latents)
+        flops, steps, batch = known[reference, latents], config["training"]["steps"], config["data"]["batch_size"]
         total = flops * batch * steps
         hours = {chip: total / (hardware.CHIPS[chip].flops * UTILISATION) / 3600 for chip in CHIPS}
         rows.append((stage.name, steps, batch, flops, total, hours))
     return rows
 
 
-def flops_of(config):
-    """(FLOPs of the model for one image of a training step, images in a step) of a config."""
+def latents_of(stage):
+    """What the latents that a generator trains on look like, as plan's --latents says it; "" of an autoencoder."""
+    from eqvae_jax.autoencoders.presets import PRESETS
+
+    encoded = next((needed for needed in stage.inputs if needed.door == "encode"), None)
+    if encoded is None:
+        return ""
+    config = recipes.load(f"eq_{encoded.name.split()[0]}")
+    model = PRESETS[config.preset].model
+    side = config.data.image_size // model.downsampling
+    codes = f":{model.codebook_size}" if model.kind == "vq" else f"x{model.latent_channels}"
+    return f"{side}x{side}{codes}"
+
+
+def flops_of(reference, latents=""):
+    """FLOPs of the model for one image of a training step of a config."""
     import jax
 
     from eqvae_jax.planning.rehearsal import Rehearsal
     from eqvae_jax.run.planning import build
     from eqvae_jax.training.sharding import make_mesh
 
+    config = recipes.load(reference)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    if "batch_per_device" in config.data and not config.data.batch_size:
-        config.data.batch_size = 8 * config.data.batch_per_device * config.training.accumulate  # of 8 GPUs, as released
-    batch = config.data.batch_size
-    planned = build(config, mesh, Rehearsal(lambda text: None).values)
-    return planned.task.model_flops(), batch
+    hold = Rehearsal(lambda text: None).values
+    return build(config, mesh, hold, per_device=1, latents=latents).task.model_flops()
 
 
 def readme(experiment, stages, costs):
@@ -128,22 +131,21 @@ def readme(experiment, stages, costs):
     doors = {}
     for stage in stages:
         doors[stage.door] = doors.get(stage.door, 0) + 1
+    cost = (
+        f"Cost of the trainings, from FLOPs counted in the models, at {UTILISATION:.0%} of the vendors' peak, which is "
+        "an assumption: `python -m eqvae_jax.plan --config=... --topology=...` says what bounds a step on a slice, and "
+        "whether it fits. Encoding, sampling and evaluation are not in it; 50,000 samples of 250 evaluations cost "
+        "about as much as training on 4 million images."
+    )
     lines = [
         f"# {experiment.title}, at the paper's scale",
         "",
         experiment.about,
         "",
-        "`commands.sh` has "
-        + ", ".join(f"{count} x {door}" for door, count in doors.items())
-        + " in order; `configs/` has what each training resolves to. None of it has been run by us.",
+        f"`commands.sh` has {', '.join(f'{count} x {door}' for door, count in doors.items())}, in order; `configs/` "
+        "has what each training resolves to. None of it has been run by us.",
         "",
-        f"Cost of the trainings, from FLOPs counted in the models, at {UTILISATION:.0%} of the vendors' peak, which "
-        f"is an "
-        "assumption: `python -m eqvae_jax.plan --config=... --topology=...` says what bounds a step on a slice, and "
-        "whether "
-        "it fits. Encoding, sampling and evaluation are not in it; 50,000 samples of 250 evaluations cost about as "
-        "much as "
-        "training on 4 million images.",
+        cost,
         "",
         f"| training | steps | batch | GFLOP an image | EFLOP | {' | '.join(f'{chip} hours' for chip in CHIPS)} |",
         f"|{'---|' * (5 + len(CHIPS))}",
@@ -157,9 +159,5 @@ def readme(experiment, stages, costs):
             + " | ".join(f"{hours[chip]:,.0f}" for chip in CHIPS)
             + " |"
         )
-    lines += [
-        f"| all | | | | | {' | '.join(f'{sums[chip]:,.0f}' for chip in CHIPS)} |",
-        "",
-        "Autoencoders are counted with the batch of 8 devices, which the authors had.",
-    ]
+    lines.append(f"| all | | | | | {' | '.join(f'{sums[chip]:,.0f}' for chip in CHIPS)} |")
     return "\n".join(lines) + "\n"

@@ -94,7 +94,7 @@ def test_every_command_parses(scale):
 
 
 def test_the_papers_scale_is_a_script_with_configs_and_costs(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe, "flops_of", lambda config: (1e12, 100))
+    monkeypatch.setattr(recipe, "flops_of", lambda reference, latents="": 1e12)
     stages = in_order([m.stage for m in TABLES["7"]().measured(Bench(SCALES["paper"])).values()])
     recipe.write(TABLES["7"](), stages, tmp_path, say=lambda line: None)
     script = tmp_path / "commands.sh"
@@ -110,9 +110,9 @@ def test_the_papers_scale_is_a_script_with_configs_and_costs(tmp_path, monkeypat
     assert configs["sdvae-explicit"]["equivariance"]["objective"] == "explicit"
     assert configs["sdvae-control"]["equivariance"]["p_equivariance"] == 0.0
     assert configs["dit-on-sdvae-eq"]["training"]["steps"] == recipes.load("dit:B_2").training.steps
-    hours = 1e12 * 100 * 50_000 / (197e12 * 0.4) / 3600
+    hours = 1e12 * 160 * 50_000 / (197e12 * 0.4) / 3600
     text = (tmp_path / "README.md").read_text()
-    assert f"| sdvae eq seed 0 | 50,000 | 100 | 1,000.0 | 5.0 | {hours:,.0f} |" in text
+    assert f"| sdvae eq seed 0 | 50,000 | 160 | 1,000.0 | 8.0 | {hours:,.0f} |" in text
 
 
 @pytest.mark.parametrize(("flag", "value", "then"), [
