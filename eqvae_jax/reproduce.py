@@ -15,6 +15,7 @@ recipe, which is written down as a script of commands with the configs they reso
 """
 
 import argparse
+import functools
 import platform
 import shlex
 import sys
@@ -36,23 +37,24 @@ def main(arguments=None):
     """Runs the command line; returns the process's exit code, 2 for something the user can put right."""
     options = _parser().parse_args(arguments)
     try:
-        reproduce(options)
+        failed = reproduce(options)
     except BrokenPipeError:  # of a dry run, into head
         return 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except running.Failed as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 1
     except (running.Interrupted, KeyboardInterrupt):
         print("stopped; the same command goes on.", file=sys.stderr)
         return 130
-    return 0
+    if failed:
+        names = ", ".join(stage.name for stage in failed)
+        print(f"{len(failed)} commands failed: {names}. What they said is above, and in logs/; the same command tries "
+              "them again.", file=sys.stderr)
+    return int(bool(failed))
 
 
 def reproduce(options):
-    """Makes what the command line asks for: the plan, or the result and what it rests on."""
+    """Makes what the command line asks for: the plan, or the result and what it rests on; returns what failed of it."""
     if options.seeds is None:
         options.seeds = 1 if options.scale == "paper" else 3
     if options.seeds < 1 or options.jobs < 1:
@@ -62,6 +64,7 @@ def reproduce(options):
     scale, root = SCALES[options.scale], Path(options.workdir).expanduser().resolve()
     if options.images:
         scale = scale._replace(images=split(options.images))
+    # Pictures are of one seed.
     benches = [Bench(scale, seed) for seed in range(options.seeds if experiment.columns else 1)]
     wanted = [measure.stage for bench in benches for measure in experiment.measured(bench).values()]
     wanted += [stage for stage, _, _ in experiment.pictures(benches[0])]
@@ -70,19 +73,22 @@ def reproduce(options):
         print(f"# {experiment.title}, {options.scale}: {len(stages)} stages")
         for stage in stages:
             print(f"\n# {stage.name}\n{stage.as_text(root)}")
-        return
+        return []
     name = f"{kind}-{number}-{options.scale}"
     if options.scale == "paper":
         from eqvae_jax.reproduction import recipe
 
         recipe.write(experiment, stages, root / name)
-        return
-    rates = estimates.measured(root)
-    announce(experiment, stages, root, rates, options)
+        return []
     check_images(scale)
-    with running.alone(root):
-        running.run(wanted, root, options.jobs, lambda stage: estimates.seconds(stage, rates))
-        publish(experiment, benches, wanted, root, name, how(options, wanted, root))
+    rates = estimates.rates(document.records(stages, root))
+    announce(experiment, stages, root, rates, options)
+    with running.alone(root) as lock:
+        estimate = functools.partial(estimates.seconds, rates=rates)
+        failed = running.run(wanted, root, options.jobs, estimate, lock=lock)
+        seeds = [bench.seed for bench in benches]
+        publish(experiment, benches, root, name, how(options, scale, seeds, document.records(stages, root)))
+    return failed
 
 
 def announce(experiment, stages, root, rates, options):
@@ -106,34 +112,32 @@ def check_images(scale):
     from eqvae_jax.data.sources import open_source
 
     for reference in dict.fromkeys(scale.images.values()):
-        open_source(reference)
+        try:
+            open_source(reference)
+        except ValueError as error:
+            raise ValueError(f"{error}\nThe images come from {reference}; --images=idx:DIR names the folder of "
+                             "Fashion-MNIST's four files, of which :train and :test are used.") from error
 
 
-def how(options, wanted, root):
-    """What a reader needs to judge the numbers and to get them again."""
-    command = [
-        "python",
-        "-m",
-        "eqvae_jax.reproduce",
-        *(["--table", options.table] if options.table else ["--figure", options.figure]),
-        "--scale",
-        options.scale,
-    ]
-    command += ["--seeds", str(options.seeds), "--jobs", str(options.jobs), "--workdir", "DIR"]
-    command += (
-        ["--images", options.images]
-        if options.images and not Path(options.images.partition(":")[2]).is_absolute()
-        else ["--images", "idx:DIR"]
-        if options.images
-        else []
-    )
+def how(options, scale, seeds, records):
+    """{name: text} of what a reader needs to judge the numbers and to get them again."""
+    source, _, place = (options.images or scale.images["train"].rpartition(":")[0]).partition(":")
+    images = f"{source}:DIR" if Path(place).is_absolute() else f"{source}:{place}"
+    which = f"--table={options.table}" if options.table else f"--figure={options.figure}"
+    command = ["python", "-m", "eqvae_jax.reproduce", which, f"--scale={options.scale}", f"--seeds={len(seeds)}",
+               f"--jobs={options.jobs}", "--workdir=DIR", *([f"--images={images}"] if options.images else [])]
+    commits = list(dict.fromkeys(str(record["commit"]) for record in records))
+    of = lambda count: f"{count:,}" if count else "all"
     return {
         "command": shlex.join(command),
-        "commit": ", ".join(document.commits(wanted, root)),
-        "seeds": ", ".join(map(str, range(options.seeds))),
+        "images": f"{images} at {scale.image_size} pixels; {of(scale.latents)} of the training set are encoded",
+        "metrics": f"FID and rFID in the features of {scale.classifier}, of {scale.samples:,} samples and "
+        f"{of(scale.reconstructed)} reconstructions, against the test set; R and S of {of(scale.moved)} test images",
+        "seeds": ", ".join(map(str, seeds)),
+        "commit": ", ".join(commits) + (" (the stages are of several)" if len(commits) > 1 else ""),
         "machine": f"{_processor()}, {options.jobs} stages at a time",
-        "time": f"{running.as_time(document.spent(wanted, root))}, the stages added up, what other tables share "
-        "included",
+        "time": f"{running.as_time(sum(record['seconds'] for record in records))} for all stages one after another, "
+        "those that other tables share included",
         "written": time.strftime("%Y-%m-%d"),
     }
 
@@ -147,7 +151,7 @@ def _processor():
         return platform.processor() or platform.machine()
 
 
-def publish(experiment, benches, wanted, root, name, how):
+def publish(experiment, benches, root, name, how):
     """Writes the three files of a result, and prints the table."""
     from eqvae_jax.atomic import whole
     from eqvae_jax.evaluation.provenance import write_json

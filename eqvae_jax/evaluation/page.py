@@ -135,7 +135,7 @@ def configurations(configs, differing=None):
             "<p>These settings differ between the runs; all others are the same.</p>\n",
             table(["setting", *configs], differing),
         ]
-    return [*parts, *(_details(f"Configuration of {name}", config) for name, config in configs.items())]
+    return [*parts, *(details(f"Configuration of {name}", config) for name, config in configs.items())]
 
 
 def differing_rows(configs):
@@ -221,7 +221,7 @@ def _provenance(document):
         rows.append(["features of rFID", "{name}, weights {hash}, input {protocol}".format(**features)])
     rows += [[key, value] for key, value in document["software"].items()]
     rows.append(["command", " ".join(document["command"])])
-    return table(["", ""], rows) + _details("Every number, as in metrics.json", document["results"])
+    return table(["", ""], rows) + details("Every number, as in metrics.json", document["results"])
 
 
 def table(head, rows):
@@ -235,6 +235,7 @@ def table(head, rows):
     return f'<div class="scroll"><table>{top}<tbody>\n{"".join(lines)}</tbody></table></div>\n'
 
 
-def _details(summary, tree):
+def details(summary, tree):
+    """A part that opens on a click: a nested dict as JSON."""
     text = json.dumps(tree, indent=2, ensure_ascii=False)
     return f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>\n"

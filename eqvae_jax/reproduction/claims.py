@@ -26,7 +26,8 @@ class Estimate(NamedTuple):
 class Verdict(NamedTuple):
     """What became of a claim. difference: of `more` minus `less`, seed by seed, so positive is for the claim.
 
-    low, high: of its confidence interval; None of fewer than two seeds.
+    low, high: of its confidence interval; None of fewer than two seeds. missing: how many seeds have no number, because
+    a command failed or what it measured was not finite.
     """
 
     claim: Claim
@@ -34,6 +35,7 @@ class Verdict(NamedTuple):
     difference: Estimate | None
     low: float | None
     high: float | None
+    missing: int = 0
 
 
 def estimate(values):
@@ -53,15 +55,15 @@ def judge(claim, numbers):
 
     The two arms of a seed share their start, their data's order and their noise, so that differences are taken seed by
     seed. The claim holds where Student's 95 % interval of their mean is above 0, does not where it is below, and is
-    undecided otherwise, and always of one seed.
+    undecided otherwise; always of one seed, and where a seed has no number: those that have would be a selection.
     """
     from scipy.stats import t
 
     pairs = [(row.get(claim.more), row.get(claim.less)) for row in numbers.values()]
-    differences = [more - less for more, less in pairs if more is not None and less is not None]
-    found = estimate(differences)
-    if found is None or found.error is None or not math.isfinite(found.mean):
-        return Verdict(claim, UNDECIDED, found, None, None)
+    finite = [more - less for more, less in pairs if all(x is not None and math.isfinite(x) for x in (more, less))]
+    found, missing = estimate(finite), len(pairs) - len(finite)
+    if found is None or found.error is None or missing:
+        return Verdict(claim, UNDECIDED, found, None, None, missing)
     half = float(t.ppf(0.5 + CONFIDENCE / 2, found.count - 1)) * found.error
     low, high = found.mean - half, found.mean + half
     decision = HOLDS if low > 0 else FAILS if high < 0 else UNDECIDED

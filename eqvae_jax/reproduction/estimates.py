@@ -4,9 +4,6 @@ The guess is of the tiny scale on one core of an Intel Xeon, and says little of 
 kind is done its own time per unit of work takes the guess's place.
 """
 
-import json
-from pathlib import Path
-
 START = 25.0  # seconds of a command that are no work: imports, what is not compiled yet
 # Kind of work -> seconds for one unit of it.
 GUESSES = {
@@ -30,16 +27,13 @@ GUESSES = {
 }
 
 
-def measured(root):
-    """{kind: seconds a unit} of the stages that are done in a workdir; the newest of a kind counts."""
-    rates, newest = {}, {}
-    for path in Path(root).glob("stages/*.json"):
-        record = json.loads(path.read_text())
+def rates(records):
+    """{kind: seconds a unit} from the records of stages that are done, oldest first; the newest of a kind counts."""
+    found = {}
+    for record in records:
         kind, amount = record["work"]
-        if record["finished"] >= newest.get(kind, ""):
-            newest[kind] = record["finished"]
-            rates[kind] = max(0.0, record["seconds"] - START) / amount
-    return rates
+        found[kind] = max(0.0, record["seconds"] - START) / amount
+    return found
 
 
 def seconds(stage, rates=None):

@@ -9,17 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from eqvae_jax.atomic import whole
-from eqvae_jax.reproduction.stages import in_order
+from eqvae_jax.reproduction.stages import Stage, in_order
 
 GRACE = 120.0  # seconds for the running commands to save, once they have been asked to stop
 POLL = 0.2
 TAIL = 12  # lines of a failed command's output
-
-
-class Failed(RuntimeError):
-    """A stage's command did not succeed."""
 
 
 class Interrupted(Exception):
@@ -28,64 +25,76 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def alone(root):
-    """Holds the workdir: a second run in it at the same time would do everything twice. Raises ValueError."""
+    """Holds the workdir; yields the file that does. A second run would write the same files. Raises ValueError.
+
+    Whoever inherits the file holds it too: commands that outlive this process, when it is killed, keep others out.
+    """
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     with open(root / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another run is at work in {root}: wait for it, or take another --workdir.") from None
-        yield
+            raise ValueError(
+                f"another run, or a command that a killed one left behind, is at work in {root}: wait for it, or take "
+                "another --workdir."
+            ) from None
+        yield file
 
 
-def run(stages, root, jobs=1, estimate=lambda stage: None, say=print):
-    """Does what is not done of the stages and of all they need; returns when all is.
+def run(stages, root, jobs=1, estimate=lambda stage: None, say=print, lock=None):
+    """Does what is not done of the stages and of all they need; returns the stages whose commands failed.
 
-    Of several jobs each gets an equal share of the CPU's cores, and one thread for each. What a command prints is in
-    root/logs.
+    What needs a failed stage is left undone, and all else is done. Of several jobs each gets an equal share of the
+    CPU's cores. What a command prints is in root/logs.
 
     Args:
-      stages: a list of Stage. root: the workdir. jobs: commands at a time.
+      stages: a list of Stage. root: the workdir. jobs: commands at a time. lock: the file of `alone`.
       estimate: stage -> seconds or None, for the time that is left. say: is told a line at every start and end.
     Raises:
-      Failed: a command failed; the others have been stopped, and saved what they had. Interrupted: by a signal.
+      Interrupted: by a signal; the running commands have saved what they had.
     """
     stages = in_order(stages)
     waiting = [stage for stage in stages if not stage.finished(root)]
     done = {stage.key for stage in stages} - {stage.key for stage in waiting}
-    total, running, begun = len(waiting), {}, time.monotonic()
+    total, running, failed, begun = len(waiting), {}, [], time.monotonic()
     if done:
         say(f"{len(done)} of {len(stages)} stages are done already.")
     slots = list(range(jobs))
     with _signals() as asked:
         try:
-            while waiting or running:
+            while True:
                 if asked:
                     raise Interrupted
                 ready = [stage for stage in waiting if all(needed.key in done for needed in stage.inputs)]
                 for stage in ready[: len(slots)]:
                     slot = slots.pop(0)
                     waiting.remove(stage)
-                    running[slot] = (stage, _start(stage, root, slot, jobs), time.monotonic())
+                    running[slot] = _start(stage, root, slot, jobs, lock)
                     say(f"[{total - len(waiting)}/{total}] {stage.name} ...")
+                if not running:
+                    break
                 time.sleep(POLL)
-                for slot, (stage, process, started) in list(running.items()):
-                    if process.poll() is None:
+                for slot, command in list(running.items()):
+                    if command.process.poll() is None:
                         continue
                     del running[slot]
                     slots.append(slot)
-                    _finish(stage, process, root, time.monotonic() - started)
+                    stage, seconds = command.stage, time.monotonic() - command.started
+                    if command.process.returncode:
+                        failed.append(stage)
+                        say(_failure(command, root))
+                        continue
+                    _record(command, root, seconds)
                     done.add(stage.key)
-                    left = _left([*waiting, *(one for one, _, _ in running.values())], estimate, jobs)
-                    say(
-                        f"      {stage.name}: done in {as_time(time.monotonic() - started)}"
-                        + (f", about {as_time(left)} left" if left else "")
-                    )
+                    left = _left([*waiting, *(other.stage for other in running.values())], estimate, jobs)
+                    rest = f", about {as_time(left)} left" if left else ""
+                    say(f"      {stage.name}: done in {as_time(seconds)}{rest}")
         finally:
-            _stop([process for _, process, _ in running.values()])
+            _stop([command.process for command in running.values()], asked)
     if total:
-        say(f"{total} stages in {as_time(time.monotonic() - begun)}.")
+        say(f"{total - len(waiting) - len(failed)} stages in {as_time(time.monotonic() - begun)}.")
+    return failed
 
 
 def as_time(seconds):
@@ -100,23 +109,36 @@ def _left(stages, estimate, jobs):
     return sum(known) / jobs
 
 
-def _start(stage, root, slot, jobs):
+class Command(NamedTuple):
+    """A stage's command at work. commit: of this project, at its start."""
+
+    stage: Stage
+    process: subprocess.Popen
+    started: float
+    commit: str | None
+
+
+def _start(stage, root, slot, jobs, lock):
+    from eqvae_jax.evaluation.provenance import commit
+
     log = stage.log(root)
     log.parent.mkdir(parents=True, exist_ok=True)
-    stage.folder(root).parent.mkdir(parents=True, exist_ok=True)
-    cores = _cores(slot, jobs)
-    environment = dict(os.environ)
-    if jobs > 1 and cores and len(cores) == 1:  # one thread on one core does more than several on it
+    stage.folder(root).mkdir(parents=True, exist_ok=True)
+    cores, environment = _cores(slot, jobs), dict(os.environ)
+    if jobs > 1:
+        environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / jobs:.2f}")  # of a GPU that they share
+    if cores and len(cores) == 1:  # one thread on one core does more than several on it
         flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flags}".strip()
     with open(log, "a") as file, _on(cores):
         file.write(f"$ {stage.as_text(root)}\n")
         file.flush()
-        # A session of its own: a terminal's Ctrl-C comes here alone, and is passed on as a request to save.
-        return subprocess.Popen(
-            stage.command(root), stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            start_new_session=True, env=environment,
+        process = subprocess.Popen(
+            stage.command(root), stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+            # A session of its own: a terminal's Ctrl-C comes here alone, and is passed on as a request to save.
+            start_new_session=True, pass_fds=(lock.fileno(),) if lock else (),
         )  # fmt: skip
+    return Command(stage, process, time.monotonic(), commit())
 
 
 def _cores(slot, jobs):
@@ -140,61 +162,54 @@ def _on(cores):
             os.sched_setaffinity(0, before)
 
 
-def _finish(stage, process, root, seconds):
-    from eqvae_jax.evaluation.provenance import commit
+def _failure(command, root):
+    stage = command.stage
+    lines = stage.log(root).read_text(errors="replace").splitlines()[-TAIL:]
+    return "\n".join([
+        f"\n{stage.name} ended with exit code {command.process.returncode}:", *lines, "",
+        f"all of it: {stage.log(root)}", f"by hand: {stage.as_text(root)}", "",
+    ])  # fmt: skip
 
-    if process.returncode:
-        lines = stage.log(root).read_text(errors="replace").splitlines()[-TAIL:]
-        raise Failed(
-            "\n".join(
-                [
-                    f"{stage.name} ended with exit code {process.returncode}:",
-                    *lines,
-                    "",
-                    f"all of it: {stage.log(root)}",
-                    f"by hand: {stage.as_text(root)}",
-                    "The same command goes on from here.",
-                ]
-            )
-        )
+
+def _record(command, root, seconds):
+    stage = command.stage
     record = {
-        "name": stage.name,
-        "command": stage.as_text(root),
-        "seconds": seconds,
-        "work": list(stage.work),
-        "commit": commit(),
-        "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
+        "name": stage.name, "command": stage.as_text(root), "seconds": seconds, "work": list(stage.work),
+        "commit": command.commit, "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }  # fmt: skip
     with whole(stage.record(root)) as partial:
         partial.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _stop(processes):
-    """Asks processes to save and end; kills what has not after GRACE seconds."""
+def _stop(processes, asked):
+    """Asks processes to save and end; kills what has not after GRACE seconds, or when asked a second time."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + GRACE
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    while any(process.poll() is None for process in processes):
+        if time.monotonic() > deadline or len(asked) > 1:
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        time.sleep(POLL)
 
 
 @contextlib.contextmanager
 def _signals():
-    """A list that holds the signals, SIGINT or SIGTERM, that came within the block."""
+    """A list that holds the signals that ask to stop, and came within the block."""
     asked = []
 
     def note(number, frame):
         if not asked:
-            print("\nstopping: the running commands save what they have ...", file=sys.stderr, flush=True)
+            text = "\nstopping: the running commands save what they have ... (once more: at once, without)"
+            print(text, file=sys.stderr, flush=True)
         asked.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield asked
     finally:

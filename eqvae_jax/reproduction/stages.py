@@ -82,7 +82,9 @@ class Stage(NamedTuple):
     def finished(self, root):
         """Whether its result is there, whole."""
         product = DOORS[self.door][2]
-        return self.record(root).exists() or bool(product) and (self.folder(root) / product).exists()
+        if product:  # which appears whole, or not at all
+            return (self.folder(root) / product).exists()
+        return self.record(root).exists() and self.folder(root).is_dir()
 
     def record(self, root):
         """Path of the JSON that says how it was made, once it is done."""

@@ -38,6 +38,10 @@ def test_noise_one_seed_or_no_number_decides_nothing(pairs):
     assert judge(CLAIM, numbers(pairs)).decision == UNDECIDED
 
 
-def test_a_number_that_was_not_finite_is_left_out_of_the_pairs():
-    found = judge(CLAIM, numbers([(10, 9), (None, 4), (12, 11.1)]))
-    assert found.difference.count == 2 and found.difference.mean == pytest.approx(0.95)
+@pytest.mark.parametrize("nothing", [None, math.nan])
+def test_seeds_without_a_number_leave_a_selection_which_decides_nothing(nothing):
+    """The other two alone would decide."""
+    assert judge(CLAIM, numbers([(10, 9), (12, 11)])).decision == HOLDS
+    found = judge(CLAIM, numbers([(10, 9), (nothing, 4), (12, 11)]))
+    assert found.decision == UNDECIDED and found.missing == 1 and found.low is None
+    assert found.difference.count == 2 and found.difference.mean == pytest.approx(1)

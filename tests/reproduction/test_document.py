@@ -8,7 +8,7 @@ import pytest
 
 from eqvae_jax import recipes
 from eqvae_jax.reproduce import FIGURES, TABLES
-from eqvae_jax.reproduction import document, recipe
+from eqvae_jax.reproduction import document, estimates, recipe
 from eqvae_jax.reproduction.bench import Bench, Measure
 from eqvae_jax.reproduction.claims import Claim
 from eqvae_jax.reproduction.experiment import Column, Experiment
@@ -32,14 +32,20 @@ def found():
 
 def test_markdown_has_both_numbers_and_the_verdict(found):
     lines = document.as_markdown(EXPERIMENT, found).splitlines()
-    assert "| | gFID ↓, paper | ours | PSNR ↑, paper | ours |".replace("| |", "|  |") in lines
+    assert "|  | gFID ↓, paper | ours | PSNR ↑, paper | ours |" in lines
     assert "| plain | 43.8 | 13.0 ± 1.0 | – | – |" in lines
-    assert "| EQ | 34.1 | 11.1 ± 1.1 | – | not finite |" in lines
+    assert "| EQ | 34.1 | 11.1 ± 1.1 | – | no number |" in lines
     assert "| other | – | – | 25 | – |" in lines
     claims = [line for line in lines if "EQ lowers gFID" in line]
     assert len(claims) == 1 and "**holds**" in claims[0] and "difference +1.9, interval +0.629 to +3.17" in claims[0]
     assert not any("of nothing" in line for line in lines)  # what this scale cannot measure is not judged
     assert "- commit: abc" in lines
+
+
+def test_columns_without_numbers_of_the_papers_have_no_place_for_them():
+    found = document.document(EXPERIMENT._replace(paper={("EQ", "PSNR"): 25.0}), NUMBERS, {})
+    lines = document.as_markdown(EXPERIMENT._replace(paper={("EQ", "PSNR"): 25.0}), found).splitlines()
+    assert "|  | gFID ↓ | PSNR ↑, paper | ours |" in lines and "| plain | 13.0 ± 1.0 | – | – |" in lines
 
 
 def test_the_page_needs_nothing_else_and_escapes(found):
@@ -57,6 +63,8 @@ def test_numbers_are_read_without_the_networks_name(tmp_path):
     experiment = EXPERIMENT._replace(measured=lambda bench: measured)
     assert document.collect(experiment, [Bench(SCALES["smoke"], 4)], tmp_path) == {
         4: {("r", "a"): 3.5, ("r", "b"): 2.5, ("r", "c"): None}}
+    measured[("r", "f")] = Measure(Stage("failed", "evaluate", ("latents",)), "R")
+    assert document.collect(experiment, [Bench(SCALES["smoke"], 4)], tmp_path)[4]["r", "f"] is None
     with pytest.raises(ValueError, match="has no psnr, only R, fid, rfid_R"):
         measured[("r", "d")] = Measure(stage, "psnr")
         document.collect(experiment, [Bench(SCALES["smoke"], 4)], tmp_path)
@@ -77,13 +85,23 @@ def test_tables_are_whole(name, scale):
     assert all(difference >= 0 for difference in papers.values()), papers  # each claim is the paper's own
 
 
+def visited(stages):
+    """These stages and all they need, as often as they are needed."""
+    for stage in stages:
+        yield stage
+        yield from visited(stage.inputs)
+
+
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_command_parses(scale):
     """Of every experiment, each kind of command once: flags exist, configs resolve, and names of folders are plain."""
-    wanted = [measure.stage for table in TABLES.values() for measure in table().measured(Bench(SCALES[scale])).values()]
-    wanted += [stage for figure in FIGURES.values() for stage, _, _ in figure().pictures(Bench(SCALES[scale]))]
+    benches = [Bench(SCALES[scale], seed) for seed in (0, 1)]
+    wanted = [measure.stage for bench in benches for table in TABLES.values()
+              for measure in table().measured(bench).values()]
+    wanted += [stage for figure in FIGURES.values() for stage, _, _ in figure().pictures(benches[0])]
     stages = in_order(wanted)
-    assert len({stage.name for stage in stages}) == len(stages)
+    names = {(stage.key, stage.name) for stage in visited(wanted)}
+    assert len(names) == len({key for key, _ in names}) == len({name for _, name in names})  # a name for a key
     for stage in stages:
         assert re.fullmatch(r"[a-z0-9.-]+", stage.folder("").name) and stage.door in DOORS
         if stage.door == "main":
@@ -123,3 +141,28 @@ def test_flags_become_values_of_their_type(flag, value, then):
     recipe.override(config, flag, value)
     section, _, field = flag.rpartition(".")
     assert (config[section] if section else config)[field] == then
+
+
+def test_costs_are_of_the_latents_that_a_generator_gets():
+    bench = Bench(SCALES["paper"])
+    shapes = {kind: recipe.latents_of(bench.generator("dit", "eq", kind)) for kind in ("sdvae", "sd3vae", "sdvae16")}
+    assert shapes == {"sdvae": "32x32x4", "sd3vae": "32x32x16", "sdvae16": "16x16x16"}
+    assert recipe.latents_of(bench.generator("maskgit", "before", "vqgan")) == "16x16:1024"
+    assert recipe.latents_of(bench.autoencoder("sdvae", "eq")) == ""
+
+
+def test_estimates_are_what_was_measured_last_and_a_guess_before():
+    stage = Stage("a", "main", (), ("dit step", 100))
+    assert estimates.seconds(stage) == estimates.START + 100 * estimates.GUESSES["dit step"]
+    records = [{"work": ["dit step", 10], "seconds": estimates.START + 90}, {"work": ["dit step", 10],
+                                                                           "seconds": estimates.START + 20}]
+    assert estimates.seconds(stage, estimates.rates(records)) == estimates.START + 200
+    assert estimates.seconds(stage._replace(work=("unheard of", 1))) is None
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    stage = Stage("a", "evaluate", ("latents",))
+    stage.record(tmp_path).parent.mkdir()
+    stage.record(tmp_path).write_text("{")
+    with pytest.raises(ValueError, match=str(stage.record(tmp_path))):
+        document.records([stage], tmp_path)
