@@ -4,8 +4,8 @@
     python benchmarks/plans.py --configs dit.py:XL_2 --slices v5e:4x4
 
 Each plan runs in a process of its own, python -m eqvae_jax.plan, and is kept in docs/plans.json as soon as it is there,
-so that an interrupted run goes on. Generators take minutes each; an autoencoder has some twenty large programs, whose
-convolutions a TPU's compiler takes seconds each to compile on one core: hours on two. Needs libtpu, and no TPU.
+so that an interrupted run goes on. Autoencoders are planned with --quick: each has some twenty large programs, and with
+its usual effort a TPU's compiler takes seconds for every convolution. Needs libtpu, and no TPU.
 """
 
 import argparse
@@ -33,6 +33,7 @@ take at its vendor's peak numbers, and no forecast. `sent` is what a chip sends 
 arguments and temporaries, an upper bound, as some share their place: the compiler itself refuses what does not fit, and
 then half the batch is planned. So on v5e:4x4 the XL recipes do not fit with their 16 images a chip as they are; with
 `--config.mesh.fsdp=16 --config.model.remat=True` 4 images a chip take 2.9 GiB (the figure's first orange point).
+Autoencoders (`eq_`) are compiled with `--quick`, XLA's least effort, which keeps nothing in the chips' small memory.
 
 | config | slice | batch a chip | memory, GiB | GFLOP an image | sent, MB | step, ms | images/s | dominates |
 |---|---|---|---|---|---|---|---|---|
@@ -130,8 +131,8 @@ def main():
                 f"--per_device_batch={WEAK_BATCH}", "--config.model.remat=True", f"--config.mesh.fsdp={chips}"])
     for config in arguments.configs:
         for topology in arguments.slices:
-            sizes = [f"--sizes={arguments.sizes}"] if config.startswith("eq_") else []
-            keep(f"{config} {topology}", config, topology, sizes)
+            options = [f"--sizes={arguments.sizes}", "--quick"] if config.startswith("eq_") else []
+            keep(f"{config} {topology}", config, topology, options)
     write(plans, docs)
 
 

@@ -90,6 +90,7 @@ def stages_of(config, workdir):
 def train_stages(config, workdir):
     """Trains config.stages one after another, each in workdir/NAME, and compares them in a table and a report."""
     from eqvae_jax import report
+    from eqvae_jax.training.stopping import ended_by_sigterm
 
     begun, stages = time.monotonic(), stages_of(config, workdir)
     for number, (name, stage, directory) in enumerate(stages, start=1):
@@ -97,11 +98,12 @@ def train_stages(config, workdir):
         if train(stage, directory):
             return 1
     runs = {name: directory for name, _, directory in stages}
-    print("\n== comparison on held-out images")
     data = config.data
-    document = report.compare(runs, images=data.evaluation, output=workdir, image_size=data.image_size,
-                              batch_size=data.evaluation_batch_size, limit=data.evaluation_limit or None,
-                              crops=data.evaluation_crops, min_crop=data.min_crop, max_crop=data.max_crop)
+    with ended_by_sigterm("all stages are trained, and the same command does only the comparison"):
+        print("\n== comparison on held-out images", flush=True)
+        document = report.compare(runs, images=data.evaluation, output=workdir, image_size=data.image_size,
+                                  batch_size=data.evaluation_batch_size, limit=data.evaluation_limit or None,
+                                  crops=data.evaluation_crops, min_crop=data.min_crop, max_crop=data.max_crop)
     print(report.format_table(document))
     print(report.verdict(document))
     print(f"{time.monotonic() - begun:.0f} s in all. Pictures, curves and numbers: {Path(workdir) / 'report.html'}")

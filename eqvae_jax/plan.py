@@ -34,6 +34,8 @@ flags.DEFINE_string("latents", "", "Of generators, the latents to plan with: 32x
 flags.DEFINE_integer("classes", 1000, "Of generators, how many classes the latents have.")
 flags.DEFINE_string("sizes", "3", "Of autoencoders, how many sizes of tau are compiled for each of its branches, "
                     "evenly spread from the smallest to the largest; the others are interpolated. all: every one.")
+flags.DEFINE_bool("quick", False, "Compile with XLA's least effort, autoencoders several times sooner: the same FLOPs, "
+                  "and what a TPU would keep in its small memory counts as temporaries.")
 flags.DEFINE_string("json", "", "File to write the numbers to.")
 
 
@@ -41,12 +43,16 @@ SMALLER = """What makes a step smaller: --config.mesh.fsdp=N splits parameters a
 --config.model.remat=True keeps less for the backward pass, and other chips have more memory."""
 
 
-def plan(config, topology_name, per_device=None, latents="", classes=1000, sizes=3, say=lambda line: None):
+QUICKLY = "compiled with XLA's least effort (--quick), which keeps nothing in the chips' small memory"
+
+
+def plan(config, topology_name, per_device=None, latents="", classes=1000, sizes=3, quick=False,
+         say=lambda line: None):
     """The plan of a config as a dict of plain numbers, words and lists; it changes config.data.
 
-    say: is told what is compiled. Where XLA refuses a batch for want of memory, half of it is planned, until one fits;
-    "refused" then says which did not. Raises ValueError for what cannot be, as `main` does, and rehearsal.DoesNotFit
-    where not even one example a device fits.
+    quick: as the flag. say: is told what is compiled. Where XLA refuses a batch for want of memory, half of it is
+    planned, until one fits; "refused" then says which did not. Raises ValueError for what cannot be, as `main` does,
+    and rehearsal.DoesNotFit where not even one example a device fits.
     """
     from eqvae_jax.planning.document import document
     from eqvae_jax.planning.rehearsal import DoesNotFit, Rehearsal
@@ -57,7 +63,7 @@ def plan(config, topology_name, per_device=None, latents="", classes=1000, sizes
     devices, chip = topology.open_devices(topology_name)
     mesh = make_mesh(config.mesh, devices)
     while True:
-        rehearsal = Rehearsal(say)
+        rehearsal = Rehearsal(say, quick)
         planned = build(config, mesh, rehearsal.values, per_device, latents, classes)
         try:
             found = document(config, mesh, chip, planned, rehearsal, sizes, say)
@@ -70,6 +76,8 @@ def plan(config, topology_name, per_device=None, latents="", classes=1000, sizes
             per_device = planned.per_device // 2
     if refused:
         found["largest_per_device_batch"] = min(found["largest_per_device_batch"], refused[-1]["per_device_batch"] - 1)
+    if quick:
+        found["notes"].append(QUICKLY)
     return {"topology": topology_name, "device": devices[0].device_kind} | found | {
         "refused": refused, "seconds": time.monotonic() - begun}
 
@@ -89,7 +97,7 @@ def main(argv):
         from eqvae_jax.planning.document import as_text
 
         numbers = plan(FLAGS.config, FLAGS.topology, FLAGS.per_device_batch, FLAGS.latents, FLAGS.classes, sizes,
-                       say=lambda line: print(line, file=sys.stderr, flush=True))
+                       FLAGS.quick, say=lambda line: print(line, file=sys.stderr, flush=True))
         print(as_text(numbers))
         if output:
             output.write_text(json.dumps(numbers, indent=1) + "\n")

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -154,6 +155,35 @@ def test_stages_end_in_a_table_a_report_and_pictures(smoke, capsys):
         assert any((smoke / stage / "tensorboard").iterdir())
     pngs = {path.stem for path in smoke.glob("*.png")}
     assert {"tau_1", "latent_pca", "reconstruction"} <= pngs
+
+
+def test_sigterm_in_the_comparison_ends_it_and_the_same_command_does_only_that(smoke, monkeypatch, capsys):
+    from eqvae_jax.evaluation import comparison
+
+    def signalled(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    def unheard(*_):
+        raise AssertionError("SIGTERM was left to who had it before")
+
+    metrics = smoke / "metrics.json"
+    before, logged = metrics.read_text(), (smoke / "eq" / "metrics.jsonl").read_text()
+    metrics.unlink()
+    outside = signal.signal(signal.SIGTERM, unheard)
+    try:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.setattr(comparison, "compare", signalled)
+            main.train_stages(eq_sdvae.get_config("smoke"), smoke)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN  # until the process has ended
+    finally:
+        signal.signal(signal.SIGTERM, outside)
+    assert end.value.code == 75 and not metrics.exists()
+    assert "SIGTERM: stopped; all stages are trained" in capsys.readouterr().err
+    assert main.train_stages(eq_sdvae.get_config("smoke"), smoke) == 0
+    assert signal.getsignal(signal.SIGTERM) is outside
+    assert (smoke / "eq" / "metrics.jsonl").read_text() == logged
+    assert json.loads(metrics.read_text())["results"] == json.loads(before)["results"]
 
 
 def test_fine_tuning_starts_from_the_stage_before(smoke):

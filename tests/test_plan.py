@@ -25,6 +25,7 @@ PLANNED = {
     "maskgit:smoke": {"training.accumulate": 2},
     "fashion_classifier:smoke": {},
 }
+QUICK = "fashion_classifier:smoke"  # the one that is compiled with XLA's least effort
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,11 @@ def plans(tmp_path_factory):
     return json.loads(output.read_text())
 
 
+def test_a_quick_plan_says_so(plans):
+    said = [name for name in PLANNED if "compiled with XLA's least effort" in plans[name]["text"]]
+    assert said == [QUICK]
+
+
 def plan_all(output):
     """Run by the fixture above."""
     import runpy
@@ -53,7 +59,7 @@ def plan_all(output):
         config = runpy.run_path(str(ROOT / "configs" / f"{file}.py"))["get_config"](variant)
         config.update_from_flattened_dict(changes)
         latents = "" if config.task != "generator" else "4x4:16" if file == "maskgit" else "4x4x4"
-        found[name] = plan.plan(config, "here", latents=latents, classes=10, sizes=2)
+        found[name] = plan.plan(config, "here", latents=latents, classes=10, sizes=2, quick=name == QUICK)
         found[name]["text"] = plan_text(found[name])
     assert not jax.live_arrays() or max(array.nbytes for array in jax.live_arrays()) < 2**16   # nothing was computed
     pathlib.Path(output).write_text(json.dumps(found))

@@ -17,6 +17,10 @@ from eqvae_jax.planning.hlo import result_bytes
 from eqvae_jax.planning.traffic import Traffic, measure
 from eqvae_jax.training.flops import count
 
+# XLA's least effort for the program's own speed: one convolution's gradient takes the TPU's compiler 2 s instead of 11
+# to 16, and leaves in the large memory what would otherwise be kept in the small one.
+QUICK = {"exec_time_optimization_effort": -1.0}
+
 
 class DoesNotFit(ValueError):
     """XLA refuses a program whose own arguments and temporaries are more than the device has."""
@@ -64,9 +68,9 @@ class Call(NamedTuple):
 class Rehearsal:
     """A `run` for Task.train_step: compiles each program once, and notes each call in `calls`."""
 
-    def __init__(self, say=lambda line: None):
-        """say: is told which program is compiled, and how long it took."""
-        self.calls, self.programs, self._say = [], {}, say
+    def __init__(self, say=lambda line: None, quick=False):
+        """say: is told which program is compiled, and how long it took. quick: compiles with `QUICK`."""
+        self.calls, self.programs, self._say, self._options = [], {}, say, QUICK if quick else None
         self._live = {}  # id -> (weak reference, bytes on a device)
 
     def values(self, shapes):
@@ -100,18 +104,21 @@ class Rehearsal:
         key = (id(program), structure, tuple(map(_kind, leaves)), tuple(sorted(static.items())))
         if key not in self.programs:
             plain = structure.unflatten([_plain(leaf) for leaf in leaves])
-            self.programs[key] = compile_and_measure(program, plain, static, self._say)
+            self.programs[key] = compile_and_measure(program, plain, static, self._say, self._options)
         return self.programs[key]
 
 
-def compile_and_measure(program, args, static, say):
-    """The Program of a jitted function for arguments given as shapes. DoesNotFit where XLA runs out of memory."""
+def compile_and_measure(program, args, static, say, options=None):
+    """The Program of a jitted function for arguments given as shapes. DoesNotFit where XLA runs out of memory.
+
+    options: of jax.stages.Lowered.compile.
+    """
     begun = time.monotonic()
     traced = program.trace(*args, **static)
     name, lowered = getattr(program, "__name__", "program"), traced.lower()
     say(f"compiling {name}{_largest(args)} ...")
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         raise _explained(name, error) from error
     seconds = time.monotonic() - begun

@@ -5,8 +5,8 @@ import pathlib
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
+from eqvae_jax import distributed
 from eqvae_jax.atomic import whole
 
 
@@ -24,9 +24,7 @@ def begin(output, size, settings):
     if jax.process_index() == 0:
         unfinished = Unfinished(partial_path(output), size, settings)
         start = unfinished.count // settings["batch"] * settings["batch"]
-    if jax.process_count() > 1:
-        start = int(multihost_utils.broadcast_one_to_all(start))
-    return unfinished, start
+    return unfinished, distributed.gather("where the set goes on", start)[0]
 
 
 class Unfinished:

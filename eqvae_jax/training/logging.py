@@ -10,9 +10,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import tqdm
-from jax.experimental import multihost_utils
 from PIL import Image
 
+from eqvae_jax import distributed
 from eqvae_jax.atomic import whole
 
 
@@ -88,11 +88,12 @@ class Writer:
         if self._active:
             lines = (self._workdir / "metrics.jsonl").read_bytes().splitlines()
             found = any(b'"eval"' in line and json.loads(line)["step"] == step for line in lines)
-        return _agreed(found)
+        return distributed.gather("an evaluation is written", found)[0]
 
     def has_images(self, step):
         """The same of previews."""
-        return _agreed(self._active and any((self._workdir / "previews").glob(f"*_{step:08d}.png")))
+        found = self._active and any((self._workdir / "previews").glob(f"*_{step:08d}.png"))
+        return distributed.gather("a preview is written", found)[0]
 
     def __enter__(self):
         return self
@@ -104,11 +105,6 @@ class Writer:
 
     def _event(self, **fields):
         self._events.write(self._event_type(wall_time=time.time(), **fields).SerializeToString())
-
-
-def _agreed(found):
-    """What the first process found."""
-    return bool(multihost_utils.broadcast_one_to_all(found)) if jax.process_count() > 1 else bool(found)
 
 
 def _truncate(path, step):

@@ -3,6 +3,7 @@
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -80,6 +81,8 @@ def train(task, data, config, workdir, mesh):
         ledger = run.enter_context(CompileLedger())
         stop = run.enter_context(StopRequest(progress.say))
         warm_up = run.enter_context(WarmUp(progress.say))
+        # On leaving, the pool waits for its thread.
+        beside = run.enter_context(ThreadPoolExecutor(1, thread_name_prefix="beside the first step"))
 
         def observe(state, done):
             """Evaluates and draws what is due after `done` steps and not there yet; the means, if it evaluated."""
@@ -99,7 +102,9 @@ def train(task, data, config, workdir, mesh):
         else:
             progress.say(f"going on from step {start} of {workdir}")
             observe(state, start)  # where it was saved and then stopped
-        batches, interval = data.train(start), Interval(ledger, _utilisation(task, mesh, progress.say))
+        # Of an autoencoder's steps this traces several: beside the first compile it costs no time.
+        utilisation = beside.submit(_utilisation, task, mesh, progress.say)
+        batches, interval = data.train(start), Interval(ledger, utilisation.result)
         for step in range(start, settings.steps):
             with interval.spending("input"):
                 batch = put(mesh, _next(batches, step))

@@ -18,8 +18,10 @@ class Interval:
     once.
     """
 
-    def __init__(self, ledger, utilisation=None):
-        """ledger: a CompileLedger, for the seconds spent compiling. utilisation: of one example a second, for MFU."""
+    def __init__(self, ledger, utilisation=lambda: None):
+        """ledger: a CompileLedger, for the seconds spent compiling. utilisation: () -> that of one example a second,
+        for MFU, or None; `means` asks for it after taking the time, so that waiting for it counts in no rate.
+        """
         self._ledger, self._utilisation = ledger, utilisation
         self._restart()
 
@@ -64,8 +66,9 @@ class Interval:
                   "compile_seconds": self._ledger.seconds - self._compiled,
                   "checkpoint_seconds": spent["checkpoint"], "evaluation_seconds": spent["evaluation"],
                   "input_wait": spent["input"] / seconds, "goodput": (seconds - spent["input"]) / whole}
-        if self._utilisation:
-            means["mfu"] = means["images_per_second"] * self._utilisation
+        utilisation = self._utilisation()
+        if utilisation:
+            means["mfu"] = means["images_per_second"] * utilisation
         self._restart()
         return means
 

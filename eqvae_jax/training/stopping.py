@@ -1,13 +1,17 @@
 """How a run ends before its last step: asked to by a signal, or because the updates are no longer finite."""
 
+import contextlib
 import itertools
 import os
 import signal
+import sys
 import threading
 import time
 
 import jax
 from jax.experimental import multihost_utils
+
+from eqvae_jax import distributed
 
 TWICE = 2.0  # seconds within which two SIGTERM are one
 # JAX stops all processes at the number after the highest that any has asked with, and never at one that is passed over:
@@ -61,6 +65,27 @@ class StopRequest:
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_ASKED)):
             self.reason = "preemption"
         return bool(self.reason)
+
+
+@contextlib.contextmanager
+def ended_by_sigterm(advice):
+    """Inside `with`, SIGTERM ends the program at once, by SystemExit with RESTART: there are no steps to save.
+
+    Of several processes the one that gets it ends the others too: JAX would only note it for the next step.
+    advice: what to say then.
+    """
+    def end(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it may come twice, and must not interrupt the end
+        print(f"SIGTERM: stopped; {advice}", file=sys.stderr)
+        distributed.because("SIGTERM")
+        raise SystemExit(distributed.RESTART)
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is end:
+            signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
 def check_health(state, step, max_skipped, checkpoints):

@@ -1,8 +1,11 @@
 """A small cache of known numbers, written without an autoencoder."""
 
+import itertools
+
 import numpy as np
 
 from eqvae_jax.data import latent_cache, latent_records, records
+from eqvae_jax.data.latent_batches import train_batches
 
 SHAPE, IMAGE_SHAPE = (2, 3, 4), (5, 5, 3)
 
@@ -45,3 +48,12 @@ def write(directory, count=10, shard_size=4, dtype="float32", images=False, **ch
         cache.finish(k, {"count": len(rows)})
     cache.publish({"count": count, "classes": 3})
     return cache
+
+
+def batches(latents, count, **options):
+    """The first `count` batches of training, in a list."""
+    iterator = train_batches(latents, **{"batch_size": 4, "seed": 3} | options)
+    try:
+        return list(itertools.islice(iterator, count))
+    finally:
+        iterator.close()

@@ -50,6 +50,20 @@ def test_what_is_still_referred_to_is_held_beside_a_program_and_what_is_not_is_g
     assert rehearsal.held() == 4 * MIB
 
 
+def test_only_a_quick_one_asks_for_the_least_effort(monkeypatch):
+    real, asked = jax.stages.Lowered.compile, []
+
+    def compile(self, compiler_options=None):
+        asked.append(compiler_options)
+        return real(self, compiler_options)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
+    for quick in (True, False):
+        rehearsal = Rehearsal(quick=quick)
+        rehearsal(double, rehearsal.values(array(2)))
+    assert asked == [{"exec_time_optimization_effort": -1.0}, None]
+
+
 def test_a_donated_argument_makes_room_for_the_result():
     rehearsal = Rehearsal()
     a = rehearsal.values(array(3))

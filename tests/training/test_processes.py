@@ -94,6 +94,14 @@ def test_processes_learn_what_one_learns(runs, name, count):
     assert "step 6 of 6 is saved" in errors[0] and not any("is saved" in error for error in errors[1:])
 
 
+def test_what_the_first_of_them_has_written_none_of_them_does_again(runs):
+    workdir = runs["two"][0]
+    before = (workdir / "metrics.jsonl").read_text()
+    codes, outputs, errors = Processes(workdir, 2, devices=2).end(timeout=60)
+    assert codes == [0, 0] and "going on from step 6" in errors[0], errors
+    assert (workdir / "metrics.jsonl").read_text() == before and (6, "eval") in history(workdir)
+
+
 @pytest.mark.parametrize("victim, count, then", [(0, 2, 1), (2, 4, 2)])
 def test_one_that_is_killed_ends_the_others_and_a_restart_on_fewer_goes_on_as_if_nothing_had_been(
         runs, tmp_path, victim, count, then):

@@ -24,6 +24,8 @@ from eqvae_jax.training.optimizer import ema_update, guarded, make_optimizer
 from eqvae_jax.training.state import TrainState
 
 INPUTS, OUTPUTS, BATCH = 8, 12, 8
+TIMINGS = {"steps_per_second", "images_per_second", "compile_seconds", "checkpoint_seconds", "evaluation_seconds",
+           "input_wait", "goodput"}
 
 
 def get_config(**changes):
@@ -118,6 +120,18 @@ def run(workdir, config=None, stream=batches, devices=None, task=None):
     config = config or get_config()
     mesh = sharding.make_mesh(config.mesh, devices)
     return train(task or make_task(config, mesh), Data(stream, evaluation), config, workdir, mesh)
+
+
+def metrics_of(workdir):
+    """The lines of a run's metrics, without its timings."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
+
+
+def assert_same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
 def killed_while_saving(workdir):
