@@ -17,6 +17,7 @@ import sys
 
 import numpy as np
 import pytest
+from absl import flags
 from pages import BLOCKS, COMMANDS, LANGUAGES, ROOT, Command, blocks, commands
 
 # First words -> why they are not run.
@@ -144,7 +145,7 @@ def test_a_command_of_the_pages(command, world):
 
 @pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS if block.language == "python"}))
 def test_python_blocks_of_a_page_run_in_their_order(page, world):
-    names = {"x": np.zeros((1, 16, 16, 3), np.float32)}  # the README's images
+    names = {"x": np.zeros((1, 32, 32, 3), np.float32)}  # the README's images
     with contextlib.chdir(world.root):
         for block in BLOCKS:
             if (block.page, block.language) == (page, "python"):
@@ -152,7 +153,7 @@ def test_python_blocks_of_a_page_run_in_their_order(page, world):
     if page == "README.md":
         assert names["y"].shape == names["x"].shape
     if page == "autoencoders.md":
-        assert names["turned"].max() < 1e-6 < names["halved"].min()
+        assert names["turned"].max() < 1e-6 < names["shrunk"].min()
 
 
 def test_every_block_says_what_it_is():
@@ -176,7 +177,7 @@ def test_what_is_not_run_is_on_the_pages():
 ])
 def test_a_command_that_is_wrong_fails(words, world):
     """The last lacks its latents, which main refuses."""
-    with pytest.raises((AssertionError, SystemExit, ValueError, KeyError, AttributeError)):
+    with pytest.raises((AssertionError, SystemExit, ValueError, KeyError, AttributeError, flags.Error)):
         check(Command("page.md", 1, tuple(words.split())), world)
 
 
