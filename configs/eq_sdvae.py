@@ -5,7 +5,7 @@
     --config=configs/eq_sdvae.py:fashion        the same on Fashion-MNIST, for the generators' quickstart; needs
         --config.data.train=idx:DIR:train --config.data.evaluation=idx:DIR:test
     --config=configs/eq_sdvae.py:tiny, :small   one training of python -m eqvae_jax.reproduce, on the same data
-    --config=configs/eq_sdvae.py:smoke          seconds; for tests
+    --config=configs/eq_sdvae.py:smoke, :trial  seconds; for tests
 
 The other autoencoders' configs are this one with what differs. Sources: [C] the released train_eqvae configuration
 and code, [P] the paper. What is [B] goes beyond it, is off, and is described with its sources in docs/beyond.md.
@@ -16,7 +16,7 @@ from ml_collections.config_dict import placeholder
 
 
 def get_config(variant="paper"):
-    return choose(variant, "eq_sdvae", paper, quickstart, fashion, tiny, small, smoke)
+    return choose(variant, "eq_sdvae", paper, quickstart, fashion, tiny, small, trial, smoke)
 
 
 def choose(variant, file, *functions):
@@ -166,6 +166,13 @@ def small():
     config.data.update(batch_per_device=64, workers=4, evaluation_batch_size=100)
     config.equivariance.sizes = (2, 3, 4, 5, 6, 7)
     config.training.update(steps=3000, log_every=200)
+    return config
+
+
+def trial():
+    """One training of the smoke variant: what reproduce.py makes where it only shows that it runs."""
+    config = smoke()
+    config.stages = dict()
     return config
 
 

@@ -11,7 +11,7 @@ sdvae = run_path(str(Path(__file__).with_name("eq_sdvae.py")))  # wherever this 
 
 
 def get_config(variant="paper"):
-    return sdvae["choose"](variant, "eq_vqgan", paper, quickstart, fashion, tiny, small, smoke)
+    return sdvae["choose"](variant, "eq_vqgan", paper, quickstart, fashion, tiny, small, trial, smoke)
 
 
 def paper():
@@ -53,6 +53,12 @@ def small():
     config = with_codebook(sdvae["small"]())
     config.preset = "vqgan"
     config.init = "init:vqgan-small"
+    return config
+
+
+def trial():
+    config = smoke()
+    config.stages = dict()
     return config
 
 

@@ -63,7 +63,7 @@ FASHION = dict(images=split("tfds:fashion_mnist"), image_size=32, sides={"sdvae"
 SCALES = {
     # Seconds a stage, to no purpose but to show that everything fits together.
     "smoke": Scale(
-        "smoke", _generators("smoke"), split("photos"), image_size=32, sides={"sdvae": 16, "vqgan": 16}, base=2, tune=2,
+        "trial", _generators("smoke"), split("photos"), image_size=32, sides={"sdvae": 16, "vqgan": 16}, base=2, tune=2,
         latents=12, samples=12, batch=2, sample_batch=6, reconstructed=6, moved=2, encoded=8,
         classifier="configs/fashion_classifier.py:smoke", guidance=GUIDED),
     # Two CPU cores, and an hour or two.

@@ -89,6 +89,7 @@ def test_a_failure_is_told_and_keeps_only_what_needs_it_from_being_done(doors, t
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_the_commands_and_is_told(doors, tmp_path, number):
+    before = signal.signal(number, signal.SIG_DFL)  # where the tests run in the background some are ignored
     stage = Stage("waits", "evaluate", ("--wait",))
     begun = stage.folder(tmp_path) / "begun"
 
@@ -105,7 +106,18 @@ def test_a_signal_stops_the_commands_and_is_told(doors, tmp_path, number):
     with pytest.raises(ProcessLookupError):  # it was waited for, so that its number is free
         os.kill(int(begun.read_text()), 0)
     assert not stage.finished(tmp_path)
-    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert signal.signal(number, before) == signal.SIG_DFL
+
+
+def test_a_signal_that_is_ignored_stays_so(doors, tmp_path):
+    """As nohup has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stage = Stage("a", "evaluate", ("a",))
+        running.run([stage], tmp_path, say=lambda line: os.kill(os.getpid(), signal.SIGHUP))
+        assert stage.finished(tmp_path) and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_finished_file_is_a_finished_stage(doors, tmp_path):

@@ -39,7 +39,7 @@ def test_variants_are_the_published_sizes_with_the_papers_recipe(name, variant, 
     assert (config.optimizer.learning_rate, config.optimizer.weight_decay, config.label_dropout) == (1e-4, 0.0, 0.1)
 
 
-@pytest.mark.parametrize("variant", ["XL_3", "M_2", "tiny"])
+@pytest.mark.parametrize("variant", ["XL_3", "M_2", "large"])
 def test_an_unknown_variant_is_named_with_the_known_ones(variant):
     with pytest.raises(ValueError, match=rf"no variant '{variant}'; it has a size and a patch size, such as B_2"):
         get_config("dit", variant)
