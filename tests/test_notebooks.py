@@ -211,7 +211,7 @@ def test_tpu(runtime):
     notebook = with_settings(read("tpu"), CONFIG="configs/sit.py:smoke", FLAGS="", TOPOLOGIES="here",
                              DATA="'--config.data.latents=/mnt/runs/my latents'", RUNS=str(runtime / "runs"))
     execute(notebook, runtime)
-    assert pictures(notebook) == {"memory": 1, "smoke": 1}
+    assert pictures(notebook) == {"memory": 1} and '"step": 2' in printed(cell_of(notebook, "smoke"))
     table = cell_of(notebook, "compare").outputs[0].data["text/markdown"]
     assert table.startswith("|  | here |\n| --- | --- |\n| chips | 1 |") and "| fits | unknown |" in table
     launched = printed(cell_of(notebook, "launch"))
