@@ -19,7 +19,7 @@ from eqvae_jax.data.sources import open_source
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = ("quickstart", "generate", "tpu")
 # Presses the notebook's stop button, and saves when it is told to end.
-STOPPED = """trap 'echo "waited, saved"; exit' TERM; kill -INT $PPID; while true; do sleep 0.1; done"""
+STOPPED = """trap 'echo "waited, saved"; exit' TERM; sleep 0.5; kill -INT $PPID; while true; do sleep 0.1; done"""
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 
