@@ -16,7 +16,6 @@ def get_config(variant="paper"):
 
 def paper():
     config = with_codebook(sdvae["paper"]())
-    config.preset = "vqgan"
     config.data.batch_per_device = 12  # [T]
     config.training.accumulate = 1  # [T]
     # [T] starts its discriminator at step 250,001, which the published weights have behind them.
@@ -28,32 +27,20 @@ def paper():
 
 
 def quickstart():
-    config = with_codebook(sdvae["quickstart"]())
-    config.preset = "vqgan"
-    config.init = "init:vqgan-quickstart"
-    return config
+    return with_codebook(sdvae["quickstart"](), init="init:vqgan-quickstart")
 
 
 def fashion():
     """The quickstart on images of 28 pixels, whose 7 x 7 codes MaskGIT learns in minutes."""
-    config = with_codebook(sdvae["fashion"]())
-    config.preset = "vqgan"
-    config.init = "init:vqgan-quickstart"
-    return config
+    return with_codebook(sdvae["fashion"](), init="init:vqgan-quickstart")
 
 
 def tiny():
-    config = with_codebook(sdvae["tiny"]())
-    config.preset = "vqgan"
-    config.init = "init:vqgan-quickstart"
-    return config
+    return with_codebook(sdvae["tiny"](), init="init:vqgan-quickstart")
 
 
 def small():
-    config = with_codebook(sdvae["small"]())
-    config.preset = "vqgan"
-    config.init = "init:vqgan-small"
-    return config
+    return with_codebook(sdvae["small"](), init="init:vqgan-small")
 
 
 def trial():
@@ -63,14 +50,12 @@ def trial():
 
 
 def smoke():
-    config = with_codebook(sdvae["smoke"]())
-    config.preset = "vqgan"
-    config.init = "init:vqgan-smoke"
-    return config
+    return with_codebook(sdvae["smoke"](), init="init:vqgan-smoke")
 
 
-def with_codebook(config):
+def with_codebook(config, init=""):
     """A KL recipe turned into VQ-GAN's: a codebook loss in the place of the posterior's; losses are means."""
+    config.init, config.preset = init, "vqgan"
     del config.loss.kl_weight
     config.loss.codebook_weight = 1.0  # [T]
     config.loss.codebook_beta = 0.25  # [T]

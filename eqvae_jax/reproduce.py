@@ -10,7 +10,7 @@ tables share what they have in common, and the same command goes on where it was
 RUNS/table-1-tiny.md, .html and .json: the paper's number and ours, mean and standard error over seeds, and for each
 claim whether it holds, does not hold, or is undecided at this scale.
 
-tiny: Fashion-MNIST on two CPU cores, under two hours a table. small: the same images on a GPU. paper: the paper's own
+tiny: Fashion-MNIST, for two CPU cores. small: the same images, for a GPU. paper: the paper's own
 recipe, which is written down as a script of commands with the configs they resolve to, and not run.
 """
 
@@ -62,6 +62,8 @@ def reproduce(options):
     kind, number = ("table", options.table) if options.table else ("figure", options.figure)
     experiment = (TABLES if options.table else FIGURES)[number]()
     scale, root = SCALES[options.scale], Path(options.workdir).expanduser().resolve()
+    if options.images and options.scale == "paper":
+        raise ValueError("--images is of the smaller scales: the paper's images are variables of the script.")
     if options.images:
         scale = scale._replace(images=split(options.images))
     # Pictures are of one seed.
@@ -122,7 +124,7 @@ def check_images(scale):
 def how(options, scale, seeds, records):
     """{name: text} of what a reader needs to judge the numbers and to get them again."""
     source, _, place = (options.images or scale.images["train"].rpartition(":")[0]).partition(":")
-    images = f"{source}:DIR" if Path(place).is_absolute() else f"{source}:{place}"
+    images = f"{source}:DIR" if Path(place).is_absolute() else f"{source}:{place}".removesuffix(":")
     which = f"--table={options.table}" if options.table else f"--figure={options.figure}"
     command = ["python", "-m", "eqvae_jax.reproduce", which, f"--scale={options.scale}", f"--seeds={len(seeds)}",
                f"--jobs={options.jobs}", "--workdir=DIR", *([f"--images={images}"] if options.images else [])]

@@ -58,3 +58,8 @@ def test_help_names_the_scales_and_needs_no_jax():
                            env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert "tiny: Fashion-MNIST" in found.stdout and found.returncode == 0
     assert " jax\n" not in found.stderr
+
+
+def test_the_papers_images_are_variables_of_its_script(tmp_path, capsys):
+    assert reproduce.main(["--table=1", "--scale=paper", f"--workdir={tmp_path}", "--images=idx:DIR"]) == 2
+    assert "variables of the script" in capsys.readouterr().err and not list(tmp_path.iterdir())

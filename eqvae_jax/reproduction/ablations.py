@@ -1,12 +1,10 @@
 """The paper's ablations, and ours, of SD-VAE with DiT on each: which transforms, explicit or implicit, how often."""
 
-from eqvae_jax.reproduction.bench import Measure
-from eqvae_jax.reproduction.experiment import GFID, RFID, Column, Experiment, R, S, gfid, grid, lower, moved, rfid
+from eqvae_jax.reproduction.experiment import DIMENSION, GFID, PSNR, RFID, Experiment, R, S, grid, lower, of_arms
 
 
 def table_5():
-    dimension = Column("ID", 1)
-    columns = (GFID, RFID, dimension)
+    columns = (GFID, RFID, DIMENSION)
     rows = {
         "none": None,
         "R(θ)": "rotation",
@@ -14,17 +12,6 @@ def table_5():
         "R(θ)·S(s, s)": "eq",
         "R(θ)·S(sx, sy)": "anisotropic",
     }
-
-    def measured(bench):
-        found = {}
-        for row, arm in rows.items():
-            arm = arm or bench.scale.baseline
-            found |= {
-                (row, GFID.name): gfid(bench, "dit", arm),
-                (row, RFID.name): rfid(bench, arm),
-                (row, dimension.name): Measure(bench.dimension("sdvae", arm), "intrinsic_dimension"),
-            }
-        return found
 
     none, turns, scales, both, anisotropic = rows
     paper = grid(
@@ -43,7 +30,7 @@ def table_5():
         columns,
         tuple(rows),
         paper,
-        measured,
+        lambda bench: of_arms(bench, rows, columns),
         (
             lower("turns alone lower gFID", "gFID", turns, none),
             lower("scales alone lower gFID", "gFID", scales, none),
@@ -65,13 +52,6 @@ def table_7():
         "implicit (EQ-VAE)": "eq",
     }
 
-    def measured(bench):
-        found = {}
-        for row, arm in rows.items():
-            found |= {(row, GFID.name): gfid(bench, "dit", arm), (row, RFID.name): rfid(bench, arm)}
-            found |= {(row, name): measure for name, measure in moved(bench, arm).items()}
-        return found
-
     control, explicit, stopped, implicit = rows
     paper = grid(
         columns,
@@ -89,7 +69,7 @@ def table_7():
         columns,
         tuple(rows),
         paper,
-        measured,
+        lambda bench: of_arms(bench, rows, columns),
         (
             lower("implicit: gFID falls below the control's", "gFID", implicit, control),
             lower("explicit: gFID rises above the control's (the paper: it collapses)", "gFID", control, explicit),
@@ -107,13 +87,6 @@ def table_8():
     columns = (GFID, RFID)
     rows = {"0.3": "p_alpha 0.3", "0.5": "eq", "0.7": "p_alpha 0.7"}
 
-    def measured(bench):
-        return {
-            key: value
-            for row, arm in rows.items()
-            for key, value in (((row, "gFID"), gfid(bench, "dit", arm)), ((row, "rFID"), rfid(bench, arm)))
-        }
-
     paper = grid(columns, {"0.3": (35.4, 0.78), "0.5": (34.1, 0.82), "0.7": (34.4, 0.88)})
     return Experiment(
         "Table 8: p_α, the probability of a plain step",
@@ -122,7 +95,7 @@ def table_8():
         columns,
         tuple(rows),
         paper,
-        measured,
+        lambda bench: of_arms(bench, rows, columns),
         (
             lower("0.5 is better than 0.3", "gFID", "0.5", "0.3"),
             lower("0.5 is better than 0.7", "gFID", "0.5", "0.7"),
@@ -133,8 +106,7 @@ def table_8():
 
 
 def beyond():
-    psnr = Column("PSNR", 2, "higher")
-    columns = (GFID, RFID, psnr, R, S)
+    columns = (GFID, RFID, PSNR, R, S)
     rows = {
         "plain (control)": "control",
         "EQ": "eq",
@@ -145,14 +117,6 @@ def beyond():
         "EQ + latent noise": "eq and latent noise",
     }
 
-    def measured(bench):
-        found = {}
-        for row, arm in rows.items():
-            found |= {(row, GFID.name): gfid(bench, "dit", arm), (row, RFID.name): rfid(bench, arm)}
-            found[row, psnr.name] = Measure(bench.reconstruction("sdvae", arm), "psnr")
-            found |= {(row, name): measure for name, measure in moved(bench, arm).items()}
-        return found
-
     control, eq, scales, *more = rows
     return Experiment(
         "Beyond the paper",
@@ -161,7 +125,7 @@ def beyond():
         columns,
         tuple(rows),
         {},
-        measured,
+        lambda bench: of_arms(bench, rows, columns),
         (
             lower("scale equivariance lowers gFID, as its authors say", "gFID", scales, control),
             *(lower(f"{row} has a lower gFID than EQ alone", "gFID", row, eq) for row in more),

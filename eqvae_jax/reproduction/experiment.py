@@ -34,7 +34,7 @@ class Experiment(NamedTuple):
 
 
 GFID, RFID, R, S = Column("gFID"), Column("rFID"), Column("R(θ)", 3), Column("S(s)", 3)
-INCEPTION_SCORE = Column("IS", 1, "higher")
+INCEPTION_SCORE, PSNR, DIMENSION = Column("IS", 1, "higher"), Column("PSNR", 2, "higher"), Column("ID", 1)
 # Kinds of autoencoders -> the paper's name, and the generator on their latents.
 AUTOENCODERS = {
     "sdvae": ("SD-VAE", "dit"),
@@ -63,11 +63,21 @@ def gfid(bench, name, arm, kind="sdvae", **how):
     return Measure(bench.generation(name, arm, kind, **how), "fid")
 
 
-def rfid(bench, arm, kind="sdvae"):
-    return Measure(bench.reconstruction(kind, arm), "rfid")
+# Column -> (bench, arm, kind, generator) -> what measures it.
+MEASURES = {
+    GFID: lambda bench, arm, kind, generator: gfid(bench, generator, arm, kind),
+    RFID: lambda bench, arm, kind, generator: Measure(bench.reconstruction(kind, arm), "rfid"),
+    PSNR: lambda bench, arm, kind, generator: Measure(bench.reconstruction(kind, arm), "psnr"),
+    R: lambda bench, arm, kind, generator: Measure(bench.equivariance(kind, arm), "R"),
+    S: lambda bench, arm, kind, generator: Measure(bench.equivariance(kind, arm), "S"),
+    DIMENSION: lambda bench, arm, kind, generator: Measure(bench.dimension(kind, arm), "intrinsic_dimension"),
+}
 
 
-def moved(bench, arm, kind="sdvae"):
-    """{column: Measure} of both equivariance errors."""
-    stage = bench.equivariance(kind, arm)
-    return {R.name: Measure(stage, "R"), S.name: Measure(stage, "S")}
+def of_arms(bench, rows, columns, kind="sdvae", generator="dit"):
+    """{(row, column): Measure} of fine-tuned autoencoders; rows: name -> arm, None for the scale's baseline."""
+    return {
+        (row, column.name): MEASURES[column](bench, arm or bench.scale.baseline, kind, generator)
+        for row, arm in rows.items()
+        for column in columns
+    }

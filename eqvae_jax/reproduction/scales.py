@@ -66,12 +66,12 @@ SCALES = {
         "trial", _generators("smoke"), split("photos"), image_size=32, sides={"sdvae": 16, "vqgan": 16}, base=2, tune=2,
         latents=12, samples=12, batch=2, sample_batch=6, reconstructed=6, moved=2, encoded=8,
         classifier="configs/fashion_classifier.py:smoke", guidance=GUIDED),
-    # Two CPU cores, and an hour or two.
+    # For two CPU cores.
     "tiny": Scale(
         "tiny", _generators("tiny"), **FASHION, base=1200, tune=800, latents=10_000, samples=5000, batch=50,
         sample_batch=250, reconstructed=5000, moved=500, encoded=2000,
         classifier="configs/fashion_classifier.py:tiny"),
-    # A GPU and some hours, of the same images.
+    # For a GPU, of the same images; not yet run.
     "small": Scale(
         "small", _generators("small"), **FASHION, base=8000, tune=3000, samples=10_000, batch=200, sample_batch=1000,
         moved=2000, encoded=5000, classifier="configs/fashion_classifier.py:tiny"),

@@ -11,6 +11,7 @@ from eqvae_jax.reproduction.experiment import (
     AUTOENCODERS,
     GFID,
     INCEPTION_SCORE,
+    PSNR,
     RFID,
     Column,
     Experiment,
@@ -19,8 +20,7 @@ from eqvae_jax.reproduction.experiment import (
     gfid,
     grid,
     lower,
-    moved,
-    rfid,
+    of_arms,
 )
 
 
@@ -31,9 +31,7 @@ def table_1():
         found = {}
         for kind in bench.scale.kinds:
             label, generator = AUTOENCODERS[kind]
-            for row, arm in ((label, bench.scale.baseline), (f"{label} + EQ", "eq")):
-                found |= {(row, RFID.name): rfid(bench, arm, kind), (row, GFID.name): gfid(bench, generator, arm, kind)}
-                found |= {(row, name): measure for name, measure in moved(bench, arm, kind).items()}
+            found |= of_arms(bench, {label: None, f"{label} + EQ": "eq"}, columns, kind, generator)
         return found
 
     paper = grid(
@@ -181,7 +179,7 @@ def table_4():
 
 def table_12():
     lpips = Column("LPIPS", 3)
-    columns = (RFID, Column("PSNR", 2, "higher"), lpips, Column("SSIM", 3, "higher"))
+    columns = (RFID, PSNR, lpips, Column("SSIM", 3, "higher"))
 
     def measured(bench):
         found = {}
