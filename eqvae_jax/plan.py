@@ -118,7 +118,7 @@ def run():
     """The command line's entry: errors a user can act on are one message, not a traceback."""
     required = ["config", "topology"]
     flags.mark_flags_as_required(required)
-    optional = ["per_device_batch", "latents", "classes", "sizes", "json"]
+    optional = ["per_device_batch", "latents", "classes", "sizes", "quick", "json"]
     app.run(main, flags_parser=functools.partial(training.parse_flags, name="plan", about=__doc__, required=required,
                                                  optional=optional))
 

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -67,6 +68,13 @@ def test_every_command_explains_itself_by_its_name_without_jax(name):
     assert "python -m" not in out
     status, out, _ = python("-m", commands.COMMANDS[name].module, "--help")
     assert status == 0 and f"usage: python -m {commands.COMMANDS[name].module} " in out
+
+
+@pytest.mark.parametrize("module", ["main", "plan"])
+def test_the_help_of_absls_commands_has_every_flag_they_define(module):
+    defined = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', (ROOT / "eqvae_jax" / f"{module}.py").read_text()))
+    _, out, _ = python("-m", f"eqvae_jax.{module}", "--help")
+    assert defined and defined <= set(re.findall(r"^  --(\w+)$", out, re.MULTILINE))
 
 
 @pytest.mark.parametrize("arguments, status, says", [

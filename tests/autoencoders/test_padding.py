@@ -16,6 +16,7 @@ from eqvae_jax.autoencoders.losses import adaptive_weight, generator_loss
 from eqvae_jax.autoencoders.objective import to_float
 from eqvae_jax.autoencoders.presets import PRESETS, configured, describe, from_description
 from eqvae_jax.autoencoders.vq import AutoencoderVQ
+from eqvae_jax.run import autoencoder as run_autoencoder
 from eqvae_jax.weights import WeightsError, save_autoencoder
 from eqvae_jax.weights.autoencoders import AutoencoderSpec, parameter_hash
 
@@ -53,6 +54,10 @@ def test_one_pixel_continues_as_itself():
     framed, rest = padded(x, ((1, 1), (1, 1)), "reflect")
     np.testing.assert_array_equal(framed[0, :, :, 0], [[3, 2, 3, 2]] * 3)
     assert rest == ((0, 0), (0, 0)) and padded(x, ((1, 1), (1, 1)), "zeros")[0] is x
+
+
+def test_the_config_is_refused_by_the_same_names_without_jax():
+    assert run_autoencoder.PADDINGS == ("", *PADDINGS)
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
