@@ -69,7 +69,7 @@ def preflight(config):
 
 
 def train(config, workdir):
-    """Trains one config in `workdir`, going on where a former run stopped; returns 0, or 1 if it was interrupted."""
+    """Trains one config in `workdir`, going on where a former one stopped; returns 0 or an interruption's exit code."""
     preflight(config)
     return task_of(config).train(config, workdir)
 
@@ -95,8 +95,8 @@ def train_stages(config, workdir):
     begun, stages = time.monotonic(), stages_of(config, workdir)
     for number, (name, stage, directory) in enumerate(stages, start=1):
         print(f"\n== {name} ({number} of {len(stages)})")
-        if train(stage, directory):
-            return 1
+        if code := train(stage, directory):
+            return code
     runs = {name: directory for name, _, directory in stages}
     data = config.data
     with ended_by_sigterm("all stages are trained, and the same command does only the comparison"):
@@ -108,6 +108,15 @@ def train_stages(config, workdir):
     print(report.verdict(document))
     print(f"{time.monotonic() - begun:.0f} s in all. Pictures, curves and numbers: {Path(workdir) / 'report.html'}")
     return 0
+
+
+def trained(config, workdir):
+    """Trains a config or all its stages; returns the exit code.
+
+    Of several processes, a preempted one has done what it was asked to, and is not to be taken for a failed one.
+    """
+    code = (train_stages if config.stages else train)(config, workdir)
+    return code if distributed.alone() else 0
 
 
 def facts(config, workdir):
@@ -136,9 +145,7 @@ def main(argv):
         from eqvae_jax.backend import use_compilation_cache
 
         use_compilation_cache()
-        interrupted = train_stages(config, workdir) if config.stages else train(config, workdir)
-        # Of several processes, a preempted one has done what it was asked to, and is not to be taken for a failed one.
-        return int(bool(interrupted) and distributed.alone())
+        return trained(config, workdir)
     except (ValueError, OSError, RuntimeError) as error:
         if FLAGS.verbosity > 0:
             raise

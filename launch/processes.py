@@ -9,9 +9,10 @@ One host with several GPUs needs no launcher: one process drives them all. This 
 --devices of them), for several hosts without Slurm, and for restarts. Each line of output begins with the number of
 its process.
 
-The command says by its exit code what to do. 0: it is done. 75, another host was lost, or 128 and above, it was killed:
-the whole group is started again, at most --restarts times, after pauses that grow. Any other code, and 130 (Ctrl-C),
-ends the group with that code. SIGTERM and SIGINT are handed to every process, and nothing is started after them.
+The command says by its exit code what to do. 0: it is done. 75, another host was lost or a lone
+process was told to save, or 128 and above, it was killed: the whole group is started again, at most --restarts times,
+after pauses that grow. Any other code, and 130 (Ctrl-C), ends the group with that code. SIGTERM and SIGINT are handed
+to every process, and nothing is started after them.
 Linux, and Python's standard library only.
 """
 

@@ -186,6 +186,14 @@ def test_sigterm_in_the_comparison_ends_it_and_the_same_command_does_only_that(s
     assert json.loads(metrics.read_text())["results"] == json.loads(before)["results"]
 
 
+@pytest.mark.parametrize("stages", [False, True])
+def test_what_stopped_a_training_is_the_exit_code_of_the_command(stages, tmp_path, monkeypatch):
+    stopped = []
+    monkeypatch.setattr(main, "train", lambda config, workdir: stopped.append(workdir) or 75)
+    config = eq_sdvae.get_config("smoke") if stages else single()
+    assert main.trained(config, tmp_path) == 75 and len(stopped) == 1  # and no stage after it
+
+
 def test_fine_tuning_starts_from_the_stage_before(smoke):
     before, config, step = load_params(smoke / "before", "params")
     assert step == 2 and config["autoencoder"]["multipliers"] == [1, 2]

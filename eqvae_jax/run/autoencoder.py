@@ -69,7 +69,7 @@ def preflight(config):
 
 
 def train(config, workdir):
-    """Trains one config in `workdir`, going on where a former run stopped; returns 0, or 1 if it was interrupted."""
+    """Trains one config in `workdir`, going on where a former one stopped; returns 0 or an interruption's exit code."""
     from clu import parameter_overview
 
     from eqvae_jax import weights
@@ -100,8 +100,7 @@ def train(config, workdir):
     lpips, critic = loss_networks(config, resuming=bool(saved_steps(workdir)))
     describe(config, model, spec, mesh, len(source), parameter_overview.count_parameters(params))
     task = autoencoder_task(config, model, params, mesh, lpips, critic)
-    state = loop.train(task, batches, config, workdir, mesh)
-    return int(int(state.step) < config.training.steps)
+    return loop.train(task, batches, config, workdir, mesh)[1]
 
 
 def with_published_scale(config, model, spec):

@@ -13,7 +13,7 @@ def preflight(config):
 
 
 def train(config, workdir):
-    """Trains one config in `workdir`, going on where a former run stopped; returns 0, or 1 if it was interrupted."""
+    """Trains one config in `workdir`, going on where a former one stopped; returns 0 or an interruption's exit code."""
     from eqvae_jax.evaluation.classifier_task import check, classifier_task
     from eqvae_jax.run.images import open_images
     from eqvae_jax.training import loop
@@ -24,5 +24,4 @@ def train(config, workdir):
     source, batches = open_images(config)
     print(f"{data.train}: {len(source):,} images at {data.image_size} pixels, {config.model.classes} classes. "
           f"Batch {data.batch_size} on {mesh.size} devices. Its features will be called {config.name}.")
-    state = loop.train(classifier_task(config, mesh), batches, config, workdir, mesh)
-    return int(int(state.step) < config.training.steps)
+    return loop.train(classifier_task(config, mesh), batches, config, workdir, mesh)[1]

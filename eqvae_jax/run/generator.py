@@ -44,7 +44,7 @@ def preflight(config):
 
 
 def train(config, workdir):
-    """Trains one config in `workdir`, going on where a former run stopped; returns 0, or 1 if it was interrupted."""
+    """Trains one config in `workdir`, going on where a former one stopped; returns 0 or an interruption's exit code."""
     from clu import parameter_overview
 
     from eqvae_jax.data.latent_batches import evaluation_batches, train_batches
@@ -75,8 +75,7 @@ def train(config, workdir):
         evaluation=lambda: evaluation_batches(held_out, -(-data.evaluation_batch_size // mesh.size) * mesh.size,
                                               data.evaluation_limit or None, images=bool(alignment)),
         identity=lambda: {"data.latents": latents.fingerprint(), "data.evaluation": held_out.fingerprint()})
-    state = loop.train(task, batches, config, workdir, mesh)
-    return int(int(state.step) < config.training.steps)
+    return loop.train(task, batches, config, workdir, mesh)[1]
 
 
 KINDS = {"diffusion": "dit", "interpolant": "sit", "masking": "maskgit"}  # process -> whose files' layout

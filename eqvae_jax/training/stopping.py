@@ -60,6 +60,10 @@ class StopRequest:
         """Tells whether a signal has come to this process; always False with several processes."""
         return bool(self.reason)
 
+    def code(self):
+        """The exit code that tells a launcher whether to start the command again: not after Ctrl-C."""
+        return 130 if self.reason == "SIGINT" else distributed.RESTART
+
     def requested(self):
         """Tells whether to stop after this step, the same on all processes, which must ask at every step."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_ASKED)):

@@ -68,6 +68,21 @@ def test_a_second_signal_ends_at_once_but_for_one_that_a_scheduler_sends_twice(
     assert saved_steps(tmp_path) == ([] if ends else [2])
 
 
+@pytest.mark.parametrize("number, at, code", [(signal.SIGTERM, 1, 75), (signal.SIGINT, 1, 130), (signal.SIGTERM, 5, 0)])
+def test_the_exit_code_says_whether_a_launcher_is_to_go_on(tmp_path, number, at, code):
+    def signalled(start):
+        for step, batch in enumerate(toy.batches(start), start):
+            if step == at:
+                os.kill(os.getpid(), number)
+            yield batch
+
+    outside = signal.signal(number, signal.SIG_DFL)  # a shell's background jobs ignore SIGINT
+    try:
+        assert toy.end(tmp_path, stream=signalled)[1] == code  # of 6 steps: the last leaves nothing to do
+    finally:
+        signal.signal(number, outside)
+
+
 @pytest.mark.parametrize("broken", ["eval_step", "preview"])
 @pytest.mark.parametrize("ranking", ["", "error"])
 def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(tmp_path, broken, ranking):

@@ -116,7 +116,12 @@ def make_task(config, mesh):
     return Task(init, train_step, eval_step, preview, shardings)
 
 
-def run(workdir, config=None, stream=batches, devices=None, task=None):
+def run(workdir, *arguments, **options):
+    """The state at the end of `end`."""
+    return end(workdir, *arguments, **options)[0]
+
+
+def end(workdir, config=None, stream=batches, devices=None, task=None):
     config = config or get_config()
     mesh = sharding.make_mesh(config.mesh, devices)
     return train(task or make_task(config, mesh), Data(stream, evaluation), config, workdir, mesh)
@@ -194,7 +199,8 @@ def together(workdir, steps="6", wait_at="-1", who="0", then="", data="same"):
         config = get_config(**{"training.steps": int(steps), "checkpoint.every": 1, "training.eval_every": 3,
                                "optimizer.schedule": "constant", "mesh.fsdp": 2})
         mesh = sharding.make_mesh(config.mesh)
-        state = train(make_task(config, mesh), Data(stream, evaluation, lambda: {"data": data}), config, workdir, mesh)
+        seen = Data(stream, evaluation, lambda: {"data": data})
+        state, _ = train(make_task(config, mesh), seen, config, workdir, mesh)
         print("returned at step", int(state.step))
 
     sys.exit(distributed.run(work))
