@@ -5,6 +5,7 @@
     --config=configs/eq_sdvae.py:fashion        the same on Fashion-MNIST, for the generators' quickstart; needs
         --config.data.train=idx:DIR:train --config.data.evaluation=idx:DIR:test
     --config=configs/eq_sdvae.py:tiny, :small   one training of python -m eqvae_jax.reproduce, on the same data
+    --config=configs/eq_sdvae.py:photos         likewise, on crops of photographs
     --config=configs/eq_sdvae.py:smoke, :trial  seconds; for tests
 
 The other autoencoders' configs are this one with what differs. Sources: [C] the released train_eqvae configuration
@@ -16,7 +17,7 @@ from ml_collections.config_dict import placeholder
 
 
 def get_config(variant="paper"):
-    return choose(variant, "eq_sdvae", paper, quickstart, fashion, tiny, small, trial, smoke)
+    return choose(variant, "eq_sdvae", paper, quickstart, fashion, tiny, small, photos, trial, smoke)
 
 
 def choose(variant, file, *functions):
@@ -166,6 +167,17 @@ def small():
     config.data.update(batch_per_device=64, workers=4, evaluation_batch_size=100)
     config.equivariance.sizes = (2, 3, 4, 5, 6, 7)
     config.training.update(steps=3000, log_every=200)
+    return config
+
+
+def photos():
+    """One training on crops of photographs, for reproduce.py: the quickstart's network, and EQ as the paper says."""
+    config = quickstart()
+    config.stages = dict()
+    config.data.update(batch_per_device=16, evaluation_crops=4)
+    config.equivariance.update(sizes=(3, 6, 9),  # of 12
+                               p_low_resolution=0.0)
+    config.training.update(steps=600, log_every=100, eval_every=0)
     return config
 
 

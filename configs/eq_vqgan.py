@@ -11,7 +11,7 @@ sdvae = run_path(str(Path(__file__).with_name("eq_sdvae.py")))  # wherever this 
 
 
 def get_config(variant="paper"):
-    return sdvae["choose"](variant, "eq_vqgan", paper, quickstart, fashion, tiny, small, trial, smoke)
+    return sdvae["choose"](variant, "eq_vqgan", paper, quickstart, fashion, tiny, small, photos, trial, smoke)
 
 
 def paper():
@@ -41,6 +41,10 @@ def tiny():
 
 def small():
     return with_codebook(sdvae["small"](), init="init:vqgan-small")
+
+
+def photos():
+    return with_codebook(sdvae["photos"](), init="init:vqgan-quickstart")
 
 
 def trial():

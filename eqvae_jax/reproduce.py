@@ -10,8 +10,9 @@ tables share what they have in common, and the same command goes on where it was
 RUNS/table-1-tiny.md, .html and .json: the paper's number and ours, mean and standard error over seeds, and for each
 claim whether it holds, does not hold, or is undecided at this scale.
 
-tiny: Fashion-MNIST, for two CPU cores. small: the same images, for a GPU. paper: the paper's own
-recipe, which is written down as a script of commands with the configs they resolve to, and not run.
+tiny: Fashion-MNIST, for two CPU cores. small: the same images, for a GPU. photos: crops of a dozen photographs, of
+autoencoders only, and without Fréchet distances. paper: the paper's own recipe, which is written down as a script of
+commands with the configs they resolve to, and not run.
 """
 
 import argparse
@@ -68,8 +69,13 @@ def reproduce(options):
         scale = scale._replace(images=split(options.images))
     # Pictures are of one seed.
     benches = [Bench(scale, seed) for seed in range(options.seeds if experiment.columns else 1)]
-    wanted = [measure.stage for bench in benches for measure in experiment.measured(bench).values()]
-    wanted += [stage for stage, _, _ in experiment.pictures(benches[0])]
+    try:
+        wanted = [measure.stage for bench in benches for measure in experiment.measured(bench).values()]
+        wanted += [stage for stage, _, _ in experiment.pictures(benches[0])]
+    except ValueError as error:
+        raise ValueError(f"--scale={options.scale} cannot make {kind} {number}: {error}") from error
+    if not wanted:
+        raise ValueError(f"--scale={options.scale} can measure nothing of {kind} {number}.")
     stages = in_order(wanted)
     if options.dry_run:
         print(f"# {experiment.title}, {options.scale}: {len(stages)} stages")
@@ -130,11 +136,17 @@ def how(options, scale, seeds, records):
                f"--jobs={options.jobs}", "--workdir=DIR", *([f"--images={images}"] if options.images else [])]
     commits = list(dict.fromkeys(str(record["commit"]) for record in records))
     of = lambda count: f"{count:,}" if count else "all"
+    latents = f"; {of(scale.latents)} of the training set are encoded for generators" if scale.generators else ""
+    crops = f"; {scale.crops} random crops of each" if scale.crops > 1 else ""
+    distances = (
+        f"; Fréchet distances in the features of {scale.classifier}, of {scale.samples:,} samples"
+        if scale.distances else ""
+    )
     return {
         "command": shlex.join(command),
-        "images": f"{images} at {scale.image_size} pixels; {of(scale.latents)} of the training set are encoded",
-        "metrics": f"FID and rFID in the features of {scale.classifier}, of {scale.samples:,} samples and "
-        f"{of(scale.reconstructed)} reconstructions, against the test set; R and S of {of(scale.moved)} test images",
+        "images": f"{images} at {scale.image_size} pixels" + latents,
+        "metrics": f"of test images, {of(scale.reconstructed)} for reconstruction, {of(scale.moved)} for R and S, "
+        f"{of(scale.encoded)} for ID{crops}{distances}",
         "seeds": ", ".join(map(str, seeds)),
         "commit": ", ".join(commits) + (" (the stages are of several)" if len(commits) > 1 else ""),
         "machine": f"{_processor()}, {options.jobs} stages at a time",

@@ -25,8 +25,11 @@ def test_there_is_a_test_for_every_config():
     assert {path.stem for path in CONFIGS.glob("eq_*.py")} == set(AUTOENCODERS)
 
 
-@pytest.mark.parametrize("name", AUTOENCODERS)
-@pytest.mark.parametrize("variant", ["paper", "quickstart", "smoke"])
+REPRODUCED = [(name, "photos") for name in ("eq_sdvae", "eq_vqgan")]
+
+
+@pytest.mark.parametrize("name, variant", [(name, variant) for name in AUTOENCODERS
+                                           for variant in ("paper", "quickstart", "smoke")] + REPRODUCED)
 def test_sizes_of_every_variant_suit_its_autoencoder(name, variant):
     config = get_config(name, variant)
     preset = AUTOENCODERS[name] if variant == "paper" else config.init.removeprefix("init:")

@@ -40,6 +40,24 @@ def test_a_dry_run_prints_commands_that_a_person_can_give(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_photographs_measure_autoencoders_alone_and_on_crops(tmp_path, capsys):
+    assert reproduce.main(["--table=12", "--scale=photos", "--seeds=1", f"--workdir={tmp_path}", "--dry-run"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python -m eqvae_jax.")]
+    assert {line.split()[2].partition(".")[2] for line in lines} == {"main", "evaluate"}
+    measured = [line for line in lines if "eqvae_jax.evaluate" in line]
+    assert len(measured) == 4 and all("--crops=100 --min_crop=0.3" in line for line in measured)
+    assert "--features" not in "".join(lines) and "lpips" not in "".join(lines)
+
+
+@pytest.mark.parametrize("what, why", [("--table=2", "nothing"), ("--table=3", "no generators"),
+                                       ("--figure=1", "no generators"), ("--figure=3", "too few images")])
+def test_what_a_scale_cannot_measure_is_refused(tmp_path, capsys, what, why):
+    assert reproduce.main([what, "--scale=photos", f"--workdir={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert why in error and what.removeprefix("--").replace("=", " ") in error and "--scale=photos" in error
+    assert not list(tmp_path.iterdir())
+
+
 def test_images_that_are_not_there_are_refused_before_the_first_stage(tmp_path, capsys):
     assert reproduce.main(["--table=1", f"--workdir={tmp_path}", "--images=idx:nowhere"]) == 2
     assert "idx:nowhere" in capsys.readouterr().err

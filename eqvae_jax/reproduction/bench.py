@@ -69,7 +69,7 @@ class Bench(NamedTuple):
     def autoencoder(self, kind, arm):
         """The start, trained on as the arm says."""
         steps = self.scale.tune or leaves_of(self._config(kind))["training"]["steps"]
-        lpips = () if self.scale.classifier else ("--config.loss.lpips_weights=download",)
+        lpips = ("--config.loss.lpips_weights=download",) if self.scale.start else ()
         flags = [flag.format(side=self.scale.sides[kind], shift=self.scale.shift) for flag in ARMS[arm]]
         start = self._start(kind, "--config.init={}")
         arguments = (*self._autoencoder(kind), *flags, start, *lpips, *self._length(steps))
@@ -156,13 +156,13 @@ class Bench(NamedTuple):
 
     def reconstruction(self, kind, arm):
         """rFID, PSNR, SSIM, and LPIPS where its weights can be had."""
-        more = () if self.scale.classifier else ("--lpips=download",)
+        more = ("--lpips=download",) if self.scale.start else ()
         return self._evaluate(
             "reconstruction",
             kind,
             arm,
             self.scale.reconstructed,
-            *self._features("--"),
+            *(self._features("--") if self.scale.distances else ()),
             *more,
             work=("decoded image", 1.3),
         )
@@ -191,6 +191,7 @@ class Bench(NamedTuple):
                 f"--image_size={self.scale.image_size}",
                 f"--batch_size={self.scale.batch}",
                 f"--limit={self.scale.moved or 1000}",
+                *self._crops(),
             ),
             ("decoded image", 12 * len(arms) * (self.scale.moved or 1000)),
             3e6,
@@ -224,6 +225,8 @@ class Bench(NamedTuple):
         return "" if arm == "before" and self.scale.start else f" seed {self.seed}"
 
     def _known(self, name):
+        if not self.scale.generators:
+            raise ValueError("this scale has autoencoders only, and no generators.")
         return name if name in self.scale.generators else name.split()[0]
 
     def _data(self, split):
@@ -246,7 +249,12 @@ class Bench(NamedTuple):
     def _real(self):
         return self.scale.reference or self.scale.images["test"]
 
+    def _crops(self):
+        return () if self.scale.crops == 1 else (f"--crops={self.scale.crops}", f"--min_crop={self.scale.min_crop}")
+
     def _features(self, prefix):
+        if not self.scale.distances:
+            raise ValueError("this scale has too few images for Fréchet distances.")
         if self.scale.classifier:
             return (Output(self.classifier(), f"{prefix}features=workdir:{{}}"),)
         return (f"{prefix}features=inception", f"{prefix}inception=download")
@@ -269,6 +277,7 @@ class Bench(NamedTuple):
                 f"--image_size={self.scale.image_size}",
                 f"--batch_size={self.scale.batch}",
                 *limits,
+                *self._crops(),
                 *more,
             ),
             (work[0], work[1] * (limit or 10_000)),

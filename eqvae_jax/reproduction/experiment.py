@@ -34,7 +34,8 @@ class Experiment(NamedTuple):
 
 
 GFID, RFID, R, S = Column("gFID"), Column("rFID"), Column("R(θ)", 3), Column("S(s)", 3)
-INCEPTION_SCORE, PSNR, DIMENSION = Column("IS", 1, "higher"), Column("PSNR", 2, "higher"), Column("ID", 1)
+INCEPTION_SCORE, DIMENSION = Column("IS", 1, "higher"), Column("ID", 1)
+PSNR, LPIPS, SSIM = Column("PSNR", 2, "higher"), Column("LPIPS", 3), Column("SSIM", 3, "higher")
 # Kinds of autoencoders -> the paper's name, and the generator on their latents.
 AUTOENCODERS = {
     "sdvae": ("SD-VAE", "dit"),
@@ -68,6 +69,8 @@ MEASURES = {
     GFID: lambda bench, arm, kind, generator: gfid(bench, generator, arm, kind),
     RFID: lambda bench, arm, kind, generator: Measure(bench.reconstruction(kind, arm), "rfid"),
     PSNR: lambda bench, arm, kind, generator: Measure(bench.reconstruction(kind, arm), "psnr"),
+    LPIPS: lambda bench, arm, kind, generator: Measure(bench.reconstruction(kind, arm), "lpips"),
+    SSIM: lambda bench, arm, kind, generator: Measure(bench.reconstruction(kind, arm), "ssim"),
     R: lambda bench, arm, kind, generator: Measure(bench.equivariance(kind, arm), "R"),
     S: lambda bench, arm, kind, generator: Measure(bench.equivariance(kind, arm), "S"),
     DIMENSION: lambda bench, arm, kind, generator: Measure(bench.dimension(kind, arm), "intrinsic_dimension"),
@@ -75,9 +78,15 @@ MEASURES = {
 
 
 def of_arms(bench, rows, columns, kind="sdvae", generator="dit"):
-    """{(row, column): Measure} of fine-tuned autoencoders; rows: name -> arm, None for the scale's baseline."""
+    """{(row, column): Measure} of fine-tuned autoencoders; rows: name -> arm, None for the scale's baseline.
+
+    Without the columns that the scale cannot measure: those of absent generators, networks and weights.
+    """
+    scale = bench.scale
+    can = {GFID: scale.distances and scale.generators, RFID: scale.distances, LPIPS: scale.start}
     return {
-        (row, column.name): MEASURES[column](bench, arm or bench.scale.baseline, kind, generator)
+        (row, column.name): MEASURES[column](bench, arm or scale.baseline, kind, generator)
         for row, arm in rows.items()
         for column in columns
+        if can.get(column, True)
     }

@@ -14,10 +14,11 @@ class Scale(NamedTuple):
     latents, at which turning is all that tau does. shift: in pixels, of tau with shifts. start: kind -> published
     weights, or {}: then `base` steps of plain training from random weights are the start. tune: steps of each arm, 0
     for the config's. devices: that batch sizes are given for. baseline: the arm that EQ is compared with; "before" is
-    the start itself. classifier: config of the network of Fréchet distances, or "" for Inception. reference: real
-    images of gFID, "" for the test images. latents, samples: how many are encoded and drawn. reconstructed, moved,
-    encoded: images for rFID, for R and S, and for the intrinsic dimension. batch, sample_batch: images at a time.
-    guidance: of the table with guidance, by generator.
+    the start itself. classifier: config of the network of Fréchet distances, "" for Inception, None for no such
+    distances. reference: real images of gFID, "" for the test images. latents, samples: how many are encoded and drawn.
+    reconstructed, moved, encoded: images for rFID, for R and S, and for the intrinsic dimension. crops: of each of
+    these images, random but always the same, with sides from `min_crop` of the short side on; 1 is the centre's. batch,
+    sample_batch: images at a time. guidance: of the table with guidance, by generator.
     """
 
     variant: str
@@ -25,9 +26,9 @@ class Scale(NamedTuple):
     images: dict[str, str]
     image_size: int
     sides: dict[str, int]
-    samples: int
     batch: int
-    sample_batch: int
+    samples: int = 0
+    sample_batch: int = 0
     shift: int = 4
     steps: dict[str, int] = {}
     base: int = 0
@@ -35,13 +36,20 @@ class Scale(NamedTuple):
     devices: int = 1
     start: dict[str, str] = {}
     baseline: str = "control"
-    classifier: str = ""
+    classifier: str | None = ""
     reference: str = ""
     latents: int | None = None
     reconstructed: int | None = None
     moved: int | None = None
     encoded: int | None = None
+    crops: int = 1
+    min_crop: float = 0.5
     guidance: dict[str, tuple[str, ...]] = {}
+
+    @property
+    def distances(self):
+        """Whether there are Fréchet distances."""
+        return self.classifier is not None
 
     @property
     def kinds(self):
@@ -75,6 +83,10 @@ SCALES = {
     "small": Scale(
         "small", _generators("small"), **FASHION, base=8000, tune=3000, samples=10_000, batch=200, sample_batch=1000,
         moved=2000, encoded=5000, classifier="configs/fashion_classifier.py:tiny"),
+    # Autoencoders only, on crops of a dozen photographs: too few for generators and for Fréchet distances.
+    "photos": Scale(
+        "photos", {}, split("photos"), image_size=48, sides={"sdvae": 12, "vqgan": 12}, base=1000, tune=600, batch=50,
+        classifier=None, crops=100, min_crop=0.3),
     # The paper's. Names in capitals are for the reader to fill in.
     "paper": Scale(
         "",

@@ -11,8 +11,10 @@ from eqvae_jax.reproduction.experiment import (
     AUTOENCODERS,
     GFID,
     INCEPTION_SCORE,
+    LPIPS,
     PSNR,
     RFID,
+    SSIM,
     Column,
     Experiment,
     R,
@@ -178,20 +180,13 @@ def table_4():
 
 
 def table_12():
-    lpips = Column("LPIPS", 3)
-    columns = (RFID, PSNR, lpips, Column("SSIM", 3, "higher"))
+    columns = (RFID, PSNR, LPIPS, SSIM)
 
     def measured(bench):
         found = {}
         for kind in bench.scale.kinds:
             label = AUTOENCODERS[kind][0]
-            for row, arm in ((label, bench.scale.baseline), (f"{label} + EQ", "eq")):
-                stage = bench.reconstruction(kind, arm)
-                found |= {
-                    (row, column.name): Measure(stage, column.name.lower())
-                    for column in columns
-                    if column != lpips or not bench.scale.classifier
-                }
+            found |= of_arms(bench, {label: None, f"{label} + EQ": "eq"}, columns, kind)
         return found
 
     paper = grid(
