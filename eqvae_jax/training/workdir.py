@@ -73,8 +73,11 @@ def prepare(workdir, config, started):
                    if not may_change(line[0], config) or decays and line[0] == "training.steps"]
         if changed:
             lines = "\n".join(f"  {name}: was {old!r} -> now {new!r}" for name, old, new in changed)
+            newer = (f"; what was absent came with a newer version of this project: where its value means that it is "
+                     f"off, write it into {file}, else go back to the version that began the run"
+                     if any(old == "absent" for _, old, _ in changed) else "")
             raise ValueError(f"the workdir {path} belongs to a run with another config:\n{lines}\n"
-                             "resume with the same values, or start afresh in another --workdir")
+                             f"resume with the same values, or start afresh in another --workdir{newer}")
     if jax.process_index() == 0:
         with whole(file) as partial:
             partial.write_text(json.dumps(config, indent=2) + "\n")

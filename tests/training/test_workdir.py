@@ -23,6 +23,21 @@ def test_another_config_is_refused_with_the_leaves_that_differ(uninterrupted):
     ]
 
 
+def test_a_run_of_an_older_version_goes_on_once_it_is_told_what_new_fields_are(tmp_path):
+    older = toy.get_config()
+    prepare(tmp_path, older, started=False)
+    newer = toy.get_config()
+    newer.unlock()
+    newer.optimizer.novelty = 0.0
+    with pytest.raises(ValueError, match="novelty: was 'absent' -> now 0.0\n.*newer version.*config.json"):
+        prepare(tmp_path, newer, started=True)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    values["optimizer"]["novelty"] = 0.0
+    file.write_text(json.dumps(values))
+    prepare(tmp_path, newer, started=True)
+
+
 def test_what_no_result_depends_on_may_change(tmp_path):
     constant = {"optimizer.schedule": "constant"}
     prepare(tmp_path, toy.get_config(**constant), started=False)
