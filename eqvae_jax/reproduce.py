@@ -1,8 +1,8 @@
 """A table or figure of the paper by one command: trained, sampled and measured here, beside the paper's numbers.
 
-    python -m eqvae_jax.reproduce --table=1 --scale=tiny --workdir=RUNS --jobs=2
-    python -m eqvae_jax.reproduce --table=5 --scale=tiny --workdir=RUNS --images=idx:DIR --seeds=3
-    python -m eqvae_jax.reproduce --figure=3 --scale=small --workdir=RUNS
+    python -m eqvae_jax.reproduce --table=1 --scale=tiny --images=idx:DIR --workdir=RUNS --jobs=2
+    python -m eqvae_jax.reproduce --table=12 --scale=photos --workdir=RUNS --seeds=1
+    python -m eqvae_jax.reproduce --figure=3 --scale=small --images=idx:DIR --workdir=RUNS
     python -m eqvae_jax.reproduce --table=2 --scale=paper --workdir=PLAN
 
 It is a plan of this project's other commands, which --dry-run prints. Each stage is kept by what decides its result:
@@ -17,14 +17,11 @@ commands with the configs they resolve to, and not run.
 
 import argparse
 import functools
-import platform
-import shlex
 import sys
-import time
 from pathlib import Path
 
 from eqvae_jax.commands import as_called, program
-from eqvae_jax.reproduction import ablations, document, estimates, figures, running, tables
+from eqvae_jax.reproduction import ablations, document, estimates, figures, provenance, running, tables
 from eqvae_jax.reproduction.bench import Bench
 from eqvae_jax.reproduction.scales import SCALES, split
 from eqvae_jax.reproduction.stages import in_order
@@ -44,9 +41,9 @@ def main(arguments=None):
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (running.Interrupted, KeyboardInterrupt):
+    except (running.Interrupted, KeyboardInterrupt) as stop:
         print("stopped; the same command goes on.", file=sys.stderr)
-        return 130
+        return stop.code if isinstance(stop, running.Interrupted) else 130
     if failed:
         names = ", ".join(stage.name for stage in failed)
         print(f"{len(failed)} commands failed: {names}. What they said is above, and in logs/; the same command tries "
@@ -66,7 +63,7 @@ def reproduce(options):
     if options.images and options.scale == "paper":
         raise ValueError("--images is of the smaller scales: the paper's images are variables of the script.")
     if options.images:
-        scale = scale._replace(images=split(options.images))
+        scale = scale._replace(images=split(images(options.images)))
     # Pictures are of one seed.
     benches = [Bench(scale, seed) for seed in range(options.seeds if experiment.columns else 1)]
     try:
@@ -95,7 +92,8 @@ def reproduce(options):
         estimate = functools.partial(estimates.seconds, rates=rates)
         failed = running.run(wanted, root, options.jobs, estimate, lock=lock)
         seeds = [bench.seed for bench in benches]
-        publish(experiment, benches, root, name, how(options, scale, seeds, document.records(stages, root)))
+        how = provenance.how(options, scale, seeds, stages, document.records(stages, root))
+        publish(experiment, benches, root, name, how)
     return failed
 
 
@@ -106,13 +104,23 @@ def announce(experiment, stages, root, rates, options):
     print(f"{experiment.title}. {experiment.about}\n")
     for stage in todo:
         print(f"  {stage.name}")
-    known = "as measured here" if rates else "a guess, until the first of each kind is done"
+    kinds = {stage.work[0] for stage in todo}
+    known = ("as measured here" if kinds <= set(rates) else "of some kinds as measured here, of others a guess"
+             if kinds & set(rates) else "a guess, until the first of each kind is done")
     print(
         f"\n{len(todo)} of {len(stages)} stages are to be done, {options.jobs} at a time: about "
         f"{running.as_time(sum(time or 0 for time in times) / options.jobs)} ({known}) and "
         f"{estimates.disk(todo) / 1e9:.1f} GB in {root}.",
         flush=True,
     )
+
+
+def images(reference):
+    """A reference without a split, its directory absolute: the same images are then the same stages, wherever from."""
+    kind, _, place = reference.partition(":")
+    if kind not in ("idx", "tfds", "photos"):
+        raise ValueError(f"--images={reference} has no splits :train and :test; take idx:DIR, tfds:NAME or photos.")
+    return f"idx:{Path(place).expanduser().resolve()}" if kind == "idx" else reference
 
 
 def check_images(scale):
@@ -123,46 +131,11 @@ def check_images(scale):
         try:
             open_source(reference)
         except ValueError as error:
-            raise ValueError(f"{error}\nThe images come from {reference}; --images=idx:DIR names the folder of "
-                             "Fashion-MNIST's four files, of which :train and :test are used.") from error
-
-
-def how(options, scale, seeds, records):
-    """{name: text} of what a reader needs to judge the numbers and to get them again."""
-    source, _, place = (options.images or scale.images["train"].rpartition(":")[0]).partition(":")
-    images = f"{source}:DIR" if Path(place).is_absolute() else f"{source}:{place}".removesuffix(":")
-    which = f"--table={options.table}" if options.table else f"--figure={options.figure}"
-    command = ["python", "-m", "eqvae_jax.reproduce", which, f"--scale={options.scale}", f"--seeds={len(seeds)}",
-               f"--jobs={options.jobs}", "--workdir=DIR", *([f"--images={images}"] if options.images else [])]
-    commits = list(dict.fromkeys(str(record["commit"]) for record in records))
-    of = lambda count: f"{count:,}" if count else "all"
-    latents = f"; {of(scale.latents)} of the training set are encoded for generators" if scale.generators else ""
-    crops = f"; {scale.crops} random crops of each" if scale.crops > 1 else ""
-    distances = (
-        f"; Fréchet distances in the features of {scale.classifier}, of {scale.samples:,} samples"
-        if scale.distances else ""
-    )
-    return {
-        "command": shlex.join(command),
-        "images": f"{images} at {scale.image_size} pixels" + latents,
-        "metrics": f"of test images, {of(scale.reconstructed)} for reconstruction, {of(scale.moved)} for R and S, "
-        f"{of(scale.encoded)} for ID{crops}{distances}",
-        "seeds": ", ".join(map(str, seeds)),
-        "commit": ", ".join(commits) + (" (the stages are of several)" if len(commits) > 1 else ""),
-        "machine": f"{_processor()}, {options.jobs} stages at a time",
-        "time": f"{running.as_time(sum(record['seconds'] for record in records))} for all stages one after another, "
-        "those that other tables share included",
-        "written": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _processor():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        return f"{len(names)} x {names[0]}"
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
+            advice = (
+                " --images=idx:DIR names the folder of Fashion-MNIST's four files (train-images-idx3-ubyte.gz and so "
+                "on, from github.com/zalandoresearch/fashion-mnist), of which :train and :test are used."
+            ) if reference.startswith(("idx:", "tfds:")) else ""
+            raise ValueError(f"{error}\nThe images come from {reference}.{advice}") from error
 
 
 def publish(experiment, benches, root, name, how):

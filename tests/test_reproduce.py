@@ -60,8 +60,15 @@ def test_what_a_scale_cannot_measure_is_refused(tmp_path, capsys, what, why):
 
 def test_images_that_are_not_there_are_refused_before_the_first_stage(tmp_path, capsys):
     assert reproduce.main(["--table=1", f"--workdir={tmp_path}", "--images=idx:nowhere"]) == 2
-    assert "idx:nowhere" in capsys.readouterr().err
+    assert f"idx:{Path.cwd() / 'nowhere'}" in capsys.readouterr().err
     assert not (tmp_path / "stages").exists()
+
+
+def test_images_without_splits_are_refused_and_directories_are_absolute(tmp_path, capsys):
+    assert reproduce.main(["--table=1", f"--workdir={tmp_path}", f"--images=folder:{tmp_path}"]) == 2
+    assert "no splits" in capsys.readouterr().err
+    assert reproduce.images("idx:there") == f"idx:{Path.cwd() / 'there'}"  # one name for one data set
+    assert reproduce.images("tfds:fashion_mnist") == "tfds:fashion_mnist"
 
 
 @pytest.mark.parametrize("wrong", [["--seeds=0"], ["--jobs=0"]])

@@ -10,7 +10,7 @@ from eqvae_jax.reproduction.scales import Scale
 from eqvae_jax.reproduction.stages import Output, Stage, leaves_of
 
 PLAIN = ("--config.equivariance.p_equivariance=0.0", "--config.equivariance.p_low_resolution=0.0")
-# Arm -> flags; {side} is the full side of the latents.
+# Arm -> flags; {side} is the full side of the latents, {shift} and {noise} are the scale's.
 ARMS = {
     "control": PLAIN,
     "eq": (),
@@ -30,8 +30,9 @@ ARMS = {
     "eq and scale equivariance": ("--config.loss.scale_equivariance_weight=0.25",),
     "eq and reflect padding": ("--config.model.padding=reflect",),
     "eq and shifts": ("--config.equivariance.max_shift={shift}",),
-    "eq and latent noise": ("--config.loss.latent_noise=3.0",),
+    "eq and latent noise": ("--config.loss.latent_noise={noise}",),
 }
+UNSCALED = ("sdvae16",)  # no scale of its latents was published: their measured spread takes its place
 FASHION_SET = 60_000  # images in its training set; only estimates of time and disk use it
 
 
@@ -70,7 +71,8 @@ class Bench(NamedTuple):
         """The start, trained on as the arm says."""
         steps = self.scale.tune or leaves_of(self._config(kind))["training"]["steps"]
         lpips = ("--config.loss.lpips_weights=download",) if self.scale.start else ()
-        flags = [flag.format(side=self.scale.sides[kind], shift=self.scale.shift) for flag in ARMS[arm]]
+        scale = self.scale
+        flags = [flag.format(side=scale.sides[kind], shift=scale.shift, noise=scale.noise) for flag in ARMS[arm]]
         start = self._start(kind, "--config.init={}")
         arguments = (*self._autoencoder(kind), *flags, start, *lpips, *self._length(steps))
         work = f"{kind} {'step' if arm == 'control' else 'EQ step'}"
@@ -92,7 +94,7 @@ class Bench(NamedTuple):
         return Stage(name, "encode", tuple(arguments), ("encoded image", count), disk)
 
     def generator(self, name, arm, kind, share=1.0, watched=False):
-        """A generator on an arm's latents, trained for a share of its steps.
+        """A generator on an arm's latents, trained for a share of its steps, with a schedule of that length.
 
         name: dit, sit, repa or maskgit, or a variant of one such as "dit long", which is the plain one where the scale
         has no such variant. watched: every eighth of its steps it draws a few samples of always the same noise, and
@@ -100,8 +102,11 @@ class Bench(NamedTuple):
         """
         name = self._known(name)
         config = self.scale.generators.get(f"{name} on {kind}", self.scale.generators[name])
-        steps = self.scale.steps.get(name) or leaves_of(config)["training"]["steps"]
-        steps = max(1, round(share * steps))
+        leaves = leaves_of(config)
+        steps = max(1, round(share * (self.scale.steps.get(name) or leaves["training"]["steps"])))
+        warm_up = leaves["optimizer"]["warmup_steps"]
+        shorter = (f"--config.optimizer.warmup_steps={round(share * warm_up)}",) if share < 1 and warm_up else ()
+        measured = ("--config.data.scale=measured",) if kind in UNSCALED and self.scale.start else ()
         label = f"{name} on {kind} {arm}{f' for {share:.0%} of the steps' if share < 1 else ''}"
         repa, watch = name.startswith("repa"), ()
         if watched:
@@ -114,7 +119,7 @@ class Bench(NamedTuple):
             )
         latents = Output(self.latents(kind, arm, keep_images=repa), "--config.data.latents={}")
         align = (self._aligned(),) if repa else ()
-        arguments = (f"--config={config}", latents, *align, *watch, *self._length(steps))
+        arguments = (f"--config={config}", latents, *align, *watch, *shorter, *measured, *self._length(steps))
         return Stage(f"{label} seed {self.seed}", "main", arguments, (f"{name.split()[0]} step", steps), 25e6)
 
     def samples(self, name, arm, kind, share=1.0, guided=False):
@@ -193,7 +198,7 @@ class Bench(NamedTuple):
                 f"--limit={self.scale.moved or 1000}",
                 *self._crops(),
             ),
-            ("decoded image", 12 * len(arms) * (self.scale.moved or 1000)),
+            ("decoded image", 12 * len(arms) * self._count(self.scale.moved or 1000)),
             3e6,
         )
 
@@ -249,6 +254,10 @@ class Bench(NamedTuple):
     def _real(self):
         return self.scale.reference or self.scale.images["test"]
 
+    def _count(self, limit):
+        """Images of an evaluation, for estimates."""
+        return min(limit or self.scale.tested, self.scale.tested) * self.scale.crops
+
     def _crops(self):
         return () if self.scale.crops == 1 else (f"--crops={self.scale.crops}", f"--min_crop={self.scale.min_crop}")
 
@@ -280,6 +289,6 @@ class Bench(NamedTuple):
                 *self._crops(),
                 *more,
             ),
-            (work[0], work[1] * (limit or 10_000)),
+            (work[0], work[1] * self._count(limit)),
             5e5,
         )

@@ -28,9 +28,14 @@ GUESSES = {
 
 
 def rates(records):
-    """{kind: seconds a unit} from the records of stages that are done, oldest first; the newest of a kind counts."""
+    """{kind: seconds a unit} from the records of stages that are done, oldest first; the newest of a kind counts.
+
+    Those of several attempts do not: what the later ones found done is in no clock.
+    """
     found = {}
     for record in records:
+        if record.get("attempts", 1) > 1:
+            continue
         kind, amount = record["work"]
         found[kind] = max(0.0, record["seconds"] - START) / amount
     return found

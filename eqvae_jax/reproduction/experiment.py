@@ -83,7 +83,8 @@ def of_arms(bench, rows, columns, kind="sdvae", generator="dit"):
     Without the columns that the scale cannot measure: those of absent generators, networks and weights.
     """
     scale = bench.scale
-    can = {GFID: scale.distances and scale.generators, RFID: scale.distances, LPIPS: scale.start}
+    can = {GFID: scale.distances and scale.generators, RFID: scale.distances, LPIPS: scale.start,
+           DIMENSION: scale.crops == 1}  # neighbours are what TwoNN looks at, and crops of one image overlap
     return {
         (row, column.name): MEASURES[column](bench, arm or scale.baseline, kind, generator)
         for row, arm in rows.items()

@@ -8,15 +8,18 @@ from pathlib import Path
 
 from eqvae_jax import hardware, recipes
 from eqvae_jax.atomic import whole
-from eqvae_jax.reproduction.stages import Output
+from eqvae_jax.reproduction.stages import DOORS, Output
 
 UTILISATION = 0.4  # share of the peak FLOP/s that the hours assume; nobody has measured it
 CHIPS = ("v5e", "v6e", "H100")
+OBJECTIVE = re.compile(r"(equivariance|model|loss)\.(?!lpips)")  # fields that decide what a step computes
 HEADER = """#!/usr/bin/env bash
-# {title}, at the paper's scale. Every command goes on where it was stopped; run them in order, or on a cluster.
+# {title}, at the paper's scale. The commands run in order; given again, what is done is left out, and training,
+# encoding and sampling go on where they were stopped.
 #
-#   RUNS=DIR IMAGENET=DIR OPENIMAGES=DIR LAUNCH="launch/slurm.sh --nodes=4 ... --" bash commands.sh
+#   RUNS=DIR IMAGENET=DIR OPENIMAGES=DIR LAUNCH="launch/slurm.sh --nodes=4 --sbatch=--wait ... --" bash commands.sh
 #
+# Each needs the results of those before it: what LAUNCH starts must end before LAUNCH does, as sbatch's --wait has it.
 # IMAGENET holds train/ and val/ as they are unpacked. Weights (kl-f8/model.ckpt and the like) and ADM's reference are
 # looked for where this is started. LAUNCH is put before each command, and is empty on one host.
 set -euo pipefail
@@ -43,10 +46,14 @@ def write(experiment, stages, folder, say=print):
 
 
 def line(stage):
-    """A stage's command for a shell, with ${RUNS} for the workdir; one whose result is there is left out."""
+    """A stage's command for a shell, with ${RUNS} for the workdir.
+
+    One whose product is there is left out. A training has none that says that it is done: it ends at once then.
+    """
     words = ["${LAUNCH:-}", "python", *(_quoted(word) for word in stage.command("RUNS")[1:])]
-    if stage.door == "sample":  # which refuses to write over a finished set
-        words = ["[", "-e", _quoted(str(stage.result("RUNS"))), "]", "||", *words]
+    product = DOORS[stage.door][2]
+    if product:
+        words = ["[", "-e", _quoted(str(stage.folder("RUNS") / product)), "]", "||", *words]
     return " ".join(words)
 
 
@@ -59,16 +66,23 @@ def _quoted(word):
 
 def resolved(stage):
     """The config that a training's command resolves to, as nested dicts; other stages stand by their folders."""
-    config = None
+    reference, flags = flags_of(stage)
+    config = recipes.load(reference)
+    for name, value in flags.items():
+        override(config, name, value)
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def flags_of(stage):
+    """(what --config names, {field: text} of the --config.FIELD flags) of a training."""
+    flags = {}
     for argument in stage.arguments:
         if isinstance(argument, Output):
             argument = argument.form.format(f"RUNS/stages/{argument.stage.folder('').name}")
         flag, _, value = argument.partition("=")
-        if flag == "--config":
-            config = recipes.load(value)
-        elif flag.startswith("--config."):
-            override(config, flag.removeprefix("--config."), value)
-    return json.loads(json.dumps(config.to_dict()))
+        flags[flag] = value
+    reference = flags.pop("--config")
+    return reference, {flag.removeprefix("--config."): value for flag, value in flags.items()}
 
 
 def override(config, name, text):
@@ -87,11 +101,13 @@ def cost_rows(trainings, say=print):
     rows, known = [], {}
     for stage in trainings:
         config, latents = resolved(stage), latents_of(stage)
-        reference = next(a for a in stage.arguments if isinstance(a, str)).partition("=")[2]
-        if (reference, latents) not in known:
+        reference, flags = flags_of(stage)
+        objective = tuple((name, value) for name, value in flags.items() if OBJECTIVE.match(name))
+        what = reference, latents, objective
+        if what not in known:
             say(f"counting the FLOPs of {stage.name} ...")
-            known[reference, latents] = flops_of(reference, latents)
-        flops, steps, batch = known[reference, latents], config["training"]["steps"], config["data"]["batch_size"]
+            known[what] = flops_of(*what)
+        flops, steps, batch = known[what], config["training"]["steps"], config["data"]["batch_size"]
         total = flops * batch * steps
         hours = {chip: total / (hardware.CHIPS[chip].flops * UTILISATION) / 3600 for chip in CHIPS}
         rows.append((stage.name, steps, batch, flops, total, hours))
@@ -112,8 +128,8 @@ def latents_of(stage):
     return f"{side}x{side}{codes}"
 
 
-def flops_of(reference, latents=""):
-    """FLOPs of the model for one image of a training step of a config."""
+def flops_of(reference, latents="", flags=()):
+    """FLOPs of the model for one image of a training step of a config with (field, text) of some flags."""
     import jax
 
     from eqvae_jax.planning.rehearsal import Rehearsal
@@ -121,6 +137,8 @@ def flops_of(reference, latents=""):
     from eqvae_jax.training.sharding import make_mesh
 
     config = recipes.load(reference)
+    for name, value in flags:
+        override(config, name, value)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     hold = Rehearsal(lambda text: None).values
     return build(config, mesh, hold, per_device=1, latents=latents).task.model_flops()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from eqvae_jax.atomic import whole
+from eqvae_jax.distributed import RESTART
 from eqvae_jax.reproduction.stages import Stage, in_order
 
 GRACE = 120.0  # seconds for the running commands to save, once they have been asked to stop
@@ -20,7 +21,12 @@ TAIL = 12  # lines of a failed command's output
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; what is done is kept."""
+    """The run was asked to stop, by the signal `number`; what is done is kept."""
+
+    def __init__(self, number):
+        super().__init__(signal.Signals(number).name)
+        # As a training's: a launcher is to go on, but not after Ctrl-C.
+        self.code = 130 if number == signal.SIGINT else RESTART
 
 
 @contextlib.contextmanager
@@ -65,7 +71,7 @@ def run(stages, root, jobs=1, estimate=lambda stage: None, say=print, lock=None)
         try:
             while True:
                 if asked:
-                    raise Interrupted
+                    raise Interrupted(asked[0])
                 ready = [stage for stage in waiting if all(needed.key in done for needed in stage.inputs)]
                 for stage in ready[: len(slots)]:
                     slot = slots.pop(0)
@@ -80,18 +86,20 @@ def run(stages, root, jobs=1, estimate=lambda stage: None, say=print, lock=None)
                         continue
                     del running[slot]
                     slots.append(slot)
-                    stage, seconds = command.stage, time.monotonic() - command.started
+                    stage, seconds = command.stage, _ended(command, root)
                     if command.process.returncode:
                         failed.append(stage)
                         say(_failure(command, root))
                         continue
-                    _record(command, root, seconds)
+                    _record(command, root)
                     done.add(stage.key)
                     left = _left([*waiting, *(other.stage for other in running.values())], estimate, jobs)
                     rest = f", about {as_time(left)} left" if left else ""
                     say(f"      {stage.name}: done in {as_time(seconds)}{rest}")
         finally:
             _stop([command.process for command in running.values()], asked)
+            for command in running.values():
+                _ended(command, root)
     if total:
         say(f"{total - len(waiting) - len(failed)} stages in {as_time(time.monotonic() - begun)}.")
     return failed
@@ -110,12 +118,11 @@ def _left(stages, estimate, jobs):
 
 
 class Command(NamedTuple):
-    """A stage's command at work. commit: of this project, at its start."""
+    """A stage's command at work."""
 
     stage: Stage
     process: subprocess.Popen
     started: float
-    commit: str | None
 
 
 def _start(stage, root, slot, jobs, lock):
@@ -138,7 +145,8 @@ def _start(stage, root, slot, jobs, lock):
             # A session of its own: a terminal's Ctrl-C comes here alone, and is passed on as a request to save.
             start_new_session=True, pass_fds=(lock.fileno(),) if lock else (),
         )  # fmt: skip
-    return Command(stage, process, time.monotonic(), commit())
+    _note(stage, root, {"commit": commit()})
+    return Command(stage, process, time.monotonic())
 
 
 def _cores(slot, jobs):
@@ -171,11 +179,28 @@ def _failure(command, root):
     ])  # fmt: skip
 
 
-def _record(command, root, seconds):
+def _note(stage, root, line):
+    """Adds to the stage's attempts: a line with the commit where one starts, and one with its seconds where it ends."""
+    with open(stage.attempts(root), "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _ended(command, root):
+    """Notes that a command has ended; returns its seconds."""
+    seconds = time.monotonic() - command.started
+    _note(command.stage, root, {"seconds": seconds})
+    return seconds
+
+
+def _record(command, root):
+    """Writes down how a stage was made. One of several attempts lacks the seconds of those that were killed with us."""
     stage = command.stage
+    lines = [json.loads(line) for line in stage.attempts(root).read_text().splitlines()]
+    commits = [str(line["commit"]) for line in lines if "commit" in line]
     record = {
-        "name": stage.name, "command": stage.as_text(root), "seconds": seconds, "work": list(stage.work),
-        "commit": command.commit, "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "name": stage.name, "command": stage.as_text(root), "work": list(stage.work), "attempts": len(commits),
+        "seconds": sum(line.get("seconds", 0.0) for line in lines), "commit": ", ".join(dict.fromkeys(commits)),
+        "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
     }  # fmt: skip
     with whole(stage.record(root)) as partial:
         partial.write_text(json.dumps(record, indent=1) + "\n")

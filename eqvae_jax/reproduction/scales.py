@@ -6,44 +6,52 @@ KINDS = ("sdvae", "sdxlvae", "sd3vae", "sdvae16", "vqgan")  # of autoencoders, a
 
 
 class Scale(NamedTuple):
-    """How much of everything; None is all of a set.
+    """How much of everything; None is all of a set."""
 
-    variant: of the autoencoders' configs, "" for the paper's. generators: name -> config; "dit on sdvae16" goes before
-    "dit", and "dit long" is one that is trained for `steps["dit long"]`. images: where train, test and tuning images
-    come from unless told; tuning is what autoencoders are fine-tuned on. image_size. sides: kind -> side of its
-    latents, at which turning is all that tau does. shift: in pixels, of tau with shifts. start: kind -> published
-    weights, or {}: then `base` steps of plain training from random weights are the start. tune: steps of each arm, 0
-    for the config's. devices: that batch sizes are given for. baseline: the arm that EQ is compared with; "before" is
-    the start itself. classifier: config of the network of Fréchet distances, "" for Inception, None for no such
-    distances. reference: real images of gFID, "" for the test images. latents, samples: how many are encoded and drawn.
-    reconstructed, moved, encoded: images for rFID, for R and S, and for the intrinsic dimension. crops: of each of
-    these images, random but always the same, with sides from `min_crop` of the short side on; 1 is the centre's. batch,
-    sample_batch: images at a time. guidance: of the table with guidance, by generator.
-    """
-
+    # Of the autoencoders' configs, "" for the paper's.
     variant: str
+    # Name -> config; "dit on sdvae16" goes before "dit", and "dit long" is one that is trained for steps["dit long"].
     generators: dict[str, str]
+    # Where train, test and tuning images come from unless told; tuning is what autoencoders are fine-tuned on.
     images: dict[str, str]
     image_size: int
+    # Kind -> side of its latents, at which turning is all that tau does.
     sides: dict[str, int]
+    # Images at a time.
     batch: int
+    # How many a generator draws, and at a time.
     samples: int = 0
     sample_batch: int = 0
+    # Of options beyond the paper: pixels of tau's shifts, and the latent noise, three times the latents' width.
     shift: int = 4
+    noise: float = 7.0
+    # Of variants of generators, where it is not the config's.
     steps: dict[str, int] = {}
-    base: int = 0
-    tune: int = 0
-    devices: int = 1
+    # Kind -> published weights, or {}: then `base` steps of plain training from random weights are the start.
     start: dict[str, str] = {}
+    base: int = 0
+    # Steps of each arm, 0 for the config's.
+    tune: int = 0
+    # That batch sizes are given for.
+    devices: int = 1
+    # The arm that EQ is compared with; "before" is the start itself.
     baseline: str = "control"
+    # Config of the network of Fréchet distances, "" for Inception, None for no such distances.
     classifier: str | None = ""
+    # Real images of gFID, "" for the test images.
     reference: str = ""
+    # How many are encoded for generators.
     latents: int | None = None
+    # Test images for rFID, for R and S, and for the intrinsic dimension.
     reconstructed: int | None = None
     moved: int | None = None
     encoded: int | None = None
+    # Of each of them, random but always the same, with sides from `min_crop` of the short side on; 1 is the centre's.
     crops: int = 1
     min_crop: float = 0.5
+    # Images in the test set, for estimates of time.
+    tested: int = 10_000
+    # Flags of the table with guidance, by generator.
     guidance: dict[str, tuple[str, ...]] = {}
 
     @property
@@ -86,7 +94,7 @@ SCALES = {
     # Autoencoders only, on crops of a dozen photographs: too few for generators and for Fréchet distances.
     "photos": Scale(
         "photos", {}, split("photos"), image_size=48, sides={"sdvae": 12, "vqgan": 12}, base=1000, tune=600, batch=50,
-        classifier=None, crops=100, min_crop=0.3),
+        shift=6, classifier=None, tested=3, crops=100, min_crop=0.3),
     # The paper's. Names in capitals are for the reader to fill in.
     "paper": Scale(
         "",
@@ -94,8 +102,8 @@ SCALES = {
          "maskgit": "configs/maskgit.py:base", "dit on sdvae16": "configs/dit.py:B_1", "dit xl": "configs/dit.py:XL_2",
          "sit xl": "configs/sit.py:XL_2", "dit long": "configs/dit.py:XL_2", "repa long": "configs/repa.py:XL_2"},
         {"train": "folder:IMAGENET/train", "test": "folder:IMAGENET/val", "tuning": "folder:OPENIMAGES"},
-        image_size=256, sides={"sdvae": 32, "sdxlvae": 32, "sd3vae": 32, "sdvae16": 16, "vqgan": 16}, shift=32,
-        samples=50_000, batch=32, sample_batch=256,
+        image_size=256, sides={"sdvae": 32, "sdxlvae": 32, "sd3vae": 32, "sdvae16": 16, "vqgan": 16},
+        samples=50_000, batch=32, sample_batch=256, shift=32, noise=16.0,
         steps={"dit long": 7_000_000, "repa long": 4_000_000}, devices=8,
         start={"sdvae": "ldm:kl-f8/model.ckpt", "sdvae16": "ldm:kl-f16/model.ckpt",
                "sdxlvae": "diffusers:stabilityai/sdxl-vae",

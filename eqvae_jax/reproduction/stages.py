@@ -90,6 +90,10 @@ class Stage(NamedTuple):
         """Path of the JSON that says how it was made, once it is done."""
         return Path(root) / "stages" / f"{self.folder(root).name}.json"
 
+    def attempts(self, root):
+        """Path of JSON lines, of all attempts at making it: running.py."""
+        return self.log(root).with_suffix(".jsonl")
+
     def log(self, root):
         return Path(root) / "logs" / f"{self.folder(root).name}.txt"
 

@@ -168,9 +168,9 @@ def table_4():
     )
     return Experiment(
         "Table 4: with guidance",
-        "Guided generators on the latents of SD-VAE, those with EQ trained for a fraction of the steps; REPA is guided "
-        "in an interval of time. The paper's DiT is XL/2; its REPA with EQ is, after a quarter of the epochs, not yet "
-        "as good, which is no claim and is not tested.",
+        "Guided generators on the latents of SD-VAE, those with EQ trained for a fraction of the steps (where the "
+        "scale anneals, the annealing is as short); REPA is guided in an interval of time. The paper's DiT is XL/2; "
+        "its REPA with EQ is, after a quarter of the epochs, not yet as good, which is no claim and is not tested.",
         columns,
         names,
         grid(columns, dict(zip(names, numbers, strict=True))),

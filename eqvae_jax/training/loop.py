@@ -57,8 +57,8 @@ def train(task, data, config, workdir, mesh):
     """Trains to `config.training.steps`, going on from the newest checkpoint; returns the TrainState and an exit code.
 
     A line of metrics.jsonl is the mean over the steps since the line before it, or since a resume. After
-    SIGTERM or SIGINT the step under way is finished and saved, and the state so far is returned: its `step`
-    is then below `config.training.steps`, and the code is not 0 (`StopRequest.code`).
+    SIGTERM or SIGINT the step under way is finished and saved, and the state so far is returned, with a code that is
+    not 0 (`StopRequest.code`): even after the last step an evaluation may be missing.
 
     Raises ValueError for a config that makes no sense or belongs to another run, Diverged after
     `config.training.max_skipped` skipped updates in a row, SaveError or OSError where the disk is full.
@@ -143,7 +143,7 @@ def train(task, data, config, workdir, mesh):
                 break
         checkpoints.wait()
         progress.say(_farewell(stop, checkpoints, settings.steps) + f"; {ledger}")
-    return state, stop.code() if int(state.step) < settings.steps else 0
+    return state, stop.code()
 
 
 def _utilisation(task, mesh, say):

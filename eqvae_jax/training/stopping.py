@@ -61,8 +61,8 @@ class StopRequest:
         return bool(self.reason)
 
     def code(self):
-        """The exit code that tells a launcher whether to start the command again: not after Ctrl-C."""
-        return 130 if self.reason == "SIGINT" else distributed.RESTART
+        """The exit code: 0 if nothing asked to stop, 130 after Ctrl-C, else RESTART, for launchers to go on."""
+        return {"": 0, "SIGINT": 130}.get(self.reason, distributed.RESTART)
 
     def requested(self):
         """Tells whether to stop after this step, the same on all processes, which must ask at every step."""

@@ -1,5 +1,6 @@
 """What a result says: numbers beside the paper's, verdicts, where they came from; the paper's recipe as a script."""
 
+import argparse
 import json
 import re
 import subprocess
@@ -8,7 +9,7 @@ import pytest
 
 from eqvae_jax import recipes
 from eqvae_jax.reproduce import FIGURES, TABLES
-from eqvae_jax.reproduction import document, estimates, recipe
+from eqvae_jax.reproduction import document, estimates, provenance, recipe
 from eqvae_jax.reproduction.bench import Bench, Measure
 from eqvae_jax.reproduction.claims import Claim
 from eqvae_jax.reproduction.experiment import Column, Experiment
@@ -70,15 +71,25 @@ def test_numbers_are_read_without_the_networks_name(tmp_path):
         document.collect(experiment, [Bench(SCALES["smoke"], 4)], tmp_path)
 
 
+AUTOENCODERS_ONLY = {"1", "7", "12", "beyond"}  # tables of which photographs measure something
+
+
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_are_whole(name, scale):
     """Rows and columns are the same everywhere, and every claim that can be made is about numbers that are measured."""
     experiment, bench = TABLES[name](), Bench(SCALES[scale])
+    if scale == "photos" and name in {"3", "4"}:
+        with pytest.raises(ValueError, match="no generators"):
+            experiment.measured(bench)
+        return
     measured = experiment.measured(bench)
     cells = {(row, column.name) for row in experiment.rows for column in experiment.columns}
     assert set(experiment.paper) <= cells and set(measured) <= cells
     claimed = {cell for claim in experiment.claims for cell in (claim.less, claim.more)}
+    if scale == "photos":
+        assert bool(measured) == (name in AUTOENCODERS_ONLY) and not {"gFID", "rFID", "ID"} & {c for _, c in measured}
+        return
     assert claimed <= set(measured)
     papers = {claim.text: experiment.paper[claim.more] - experiment.paper[claim.less] for claim in experiment.claims
               if claim.less in experiment.paper and claim.more in experiment.paper}
@@ -95,10 +106,11 @@ def visited(stages):
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_command_parses(scale):
     """Of every experiment, each kind of command once: flags exist, configs resolve, and names of folders are plain."""
-    benches = [Bench(SCALES[scale], seed) for seed in (0, 1)]
-    wanted = [measure.stage for bench in benches for table in TABLES.values()
+    benches, whole = [Bench(SCALES[scale], seed) for seed in (0, 1)], scale != "photos"
+    wanted = [measure.stage for bench in benches for name, table in TABLES.items() if whole or name in AUTOENCODERS_ONLY
               for measure in table().measured(bench).values()]
-    wanted += [stage for figure in FIGURES.values() for stage, _, _ in figure().pictures(benches[0])]
+    wanted += [stage for name, figure in FIGURES.items() if whole or name == "2"
+               for stage, _, _ in figure().pictures(benches[0])]
     stages = in_order(wanted)
     names = {(stage.key, stage.name) for stage in visited(wanted)}
     assert len(names) == len({key for key, _ in names}) == len({name for _, name in names})  # a name for a key
@@ -112,7 +124,8 @@ def test_every_command_parses(scale):
 
 
 def test_the_papers_scale_is_a_script_with_configs_and_costs(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe, "flops_of", lambda reference, latents="": 1e12)
+    flops = lambda reference, latents="", flags=(): 2e12 if ("equivariance.p_equivariance", "0.0") in flags else 1e12
+    monkeypatch.setattr(recipe, "flops_of", flops)
     stages = in_order([m.stage for m in TABLES["7"]().measured(Bench(SCALES["paper"])).values()])
     recipe.write(TABLES["7"](), stages, tmp_path, say=lambda line: None)
     script = tmp_path / "commands.sh"
@@ -120,6 +133,14 @@ def test_the_papers_scale_is_a_script_with_configs_and_costs(tmp_path, monkeypat
     environment = {"RUNS": "/r uns", "IMAGENET": "/i", "OPENIMAGES": "/o", "LAUNCH": "echo", "PATH": "/usr/bin:/bin"}
     printed = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=True).stdout
     assert len(printed.splitlines()) == len(stages)
+    done = {stage for stage in stages if stage.door != "main"}
+    for stage in done:
+        folder = stage.folder(tmp_path / "done")
+        folder.mkdir(parents=True)
+        (folder / DOORS[stage.door][2]).touch()
+    again = subprocess.run(["bash", script], env=environment | {"RUNS": str(tmp_path / "done")}, capture_output=True,
+                           text=True, check=True).stdout
+    assert len(again.splitlines()) == len(stages) - len(done)
     assert "python -m eqvae_jax.main --config=configs/eq_sdvae.py --config.data.train=folder:/o" in printed
     assert subprocess.run(["bash", script], env={"PATH": "/usr/bin:/bin"}, capture_output=True).returncode  # no RUNS
 
@@ -131,6 +152,13 @@ def test_the_papers_scale_is_a_script_with_configs_and_costs(tmp_path, monkeypat
     hours = 1e12 * 160 * 50_000 / (197e12 * 0.4) / 3600
     text = (tmp_path / "README.md").read_text()
     assert f"| sdvae eq seed 0 | 50,000 | 160 | 1,000.0 | 8.0 | {hours:,.0f} |" in text
+    assert f"| sdvae control seed 0 | 50,000 | 160 | 2,000.0 | 16.0 | {2 * hours:,.0f} |" in text
+
+
+def test_the_cost_is_that_of_the_arm():
+    flops = lambda *flags: recipe.flops_of("eq_sdvae:smoke", flags=flags)
+    sizes = ("equivariance.sizes", "(4,)")
+    assert flops(("equivariance.p_equivariance", "0.0")) > flops(sizes) > 0  # decoding a quarter of the latent is less
 
 
 @pytest.mark.parametrize(("flag", "value", "then"), [
@@ -151,11 +179,46 @@ def test_costs_are_of_the_latents_that_a_generator_gets():
     assert recipe.latents_of(bench.autoencoder("sdvae", "eq")) == ""
 
 
+def test_latents_without_a_published_scale_are_measured_at_the_papers_scale():
+    flags = lambda kind, scale="paper": Bench(SCALES[scale]).generator("dit", "eq", kind).arguments
+    assert "--config.data.scale=measured" in flags("sdvae16")
+    assert "--config.data.scale=measured" not in [*flags("sdvae"), *flags("sd3vae")]
+
+
+def test_a_share_of_the_steps_has_that_share_of_the_warm_up():
+    whole, part = (Bench(SCALES["tiny"]).generator("dit", "eq", "sdvae", share).arguments for share in (1.0, 0.3))
+    assert "--config.training.steps=300" in part and "--config.optimizer.warmup_steps=30" in part
+    assert not any("warmup" in str(word) for word in whole)
+
+
+def test_provenance_says_what_was_measured_and_no_more():
+    options = argparse.Namespace(table="12", figure=None, scale="tiny", jobs=2, images="idx:/here")
+    bench, record = Bench(SCALES["tiny"]), {"commit": "abc, def", "seconds": 60.0, "attempts": 1}
+    stages = in_order([measure.stage for measure in TABLES["12"]().measured(bench).values()])
+    found = provenance.how(options, bench.scale, [0, 1], stages, [record] * (len(stages) - 1))
+    assert found["command"].endswith("--workdir=DIR --images=idx:DIR") and "control" in found["baseline"]
+    assert found["steps"] == ("sdvae 1,200 or 800 steps; sdvae EQ 800 steps; vqgan 1,200 or 800 steps; "
+                              "vqgan EQ 800 steps")
+    assert found["measured"] == ("reconstruction of 5,000 test images, Fréchet distances in the features of "
+                                 "configs/fashion_classifier.py:tiny")
+    assert found["commit"] == "abc, def (the stages are of several); of 1 stages it is not known"
+    assert found["time"].startswith("at least ")
+    known = provenance.how(options, bench.scale, [0], stages, [record | {"commit": "None"}] * len(stages))
+    assert known["commit"].startswith("version ") and not known["time"].startswith("at least")
+    stages = in_order([measure.stage for measure in TABLES["8"]().measured(bench).values()])
+    assert "generation of 5,000 samples against the test set" in provenance.measured(stages, bench.scale)
+    photos = Bench(SCALES["photos"])
+    stages = in_order([measure.stage for measure in TABLES["12"]().measured(photos).values()])
+    assert provenance.measured(stages, photos.scale) == ["reconstruction of 3 test images"]
+    assert "intervals say nothing of other images" in provenance.how(options, photos.scale, [0], stages, [])["images"]
+
+
 def test_estimates_are_what_was_measured_last_and_a_guess_before():
     stage = Stage("a", "main", (), ("dit step", 100))
     assert estimates.seconds(stage) == estimates.START + 100 * estimates.GUESSES["dit step"]
     records = [{"work": ["dit step", 10], "seconds": estimates.START + 90}, {"work": ["dit step", 10],
                                                                            "seconds": estimates.START + 20}]
+    records += [{"work": ["dit step", 10], "seconds": 1.0, "attempts": 2}]  # of which most was done before
     assert estimates.seconds(stage, estimates.rates(records)) == estimates.START + 200
     assert estimates.seconds(stage._replace(work=("unheard of", 1))) is None
 

@@ -87,6 +87,16 @@ def test_a_failure_is_told_and_keeps_only_what_needs_it_from_being_done(doors, t
     assert running.run([after], tmp_path, say=said.append) == [broken] and runs(broken, tmp_path) == 2
 
 
+def test_a_record_sums_all_attempts(doors, tmp_path):
+    stage = Stage("a", "evaluate", ("a",))
+    stage.attempts(tmp_path).parent.mkdir(parents=True)
+    stage.attempts(tmp_path).write_text('{"commit": "before"}\n{"seconds": 1000.0}\n{"commit": "before"}\n')
+    running.run([stage], tmp_path, say=lambda line: None)
+    record = json.loads(stage.record(tmp_path).read_text())
+    assert record["attempts"] == 3 and 1000 < record["seconds"] < 1100
+    assert record["commit"].startswith("before, ") and record["commit"].count("before") == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_the_commands_and_is_told(doors, tmp_path, number):
     before = signal.signal(number, signal.SIG_DFL)  # where the tests run in the background some are ignored
@@ -100,8 +110,10 @@ def test_a_signal_stops_the_commands_and_is_told(doors, tmp_path, number):
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(running.Interrupted):
+    with pytest.raises(running.Interrupted) as stop:
         running.run([stage], tmp_path, say=lambda line: None)
+    assert stop.value.code == (130 if number == signal.SIGINT else 75)
+    assert len(stage.attempts(tmp_path).read_text().splitlines()) == 2
     thread.join()
     with pytest.raises(ProcessLookupError):  # it was waited for, so that its number is free
         os.kill(int(begun.read_text()), 0)

@@ -68,7 +68,8 @@ def test_a_second_signal_ends_at_once_but_for_one_that_a_scheduler_sends_twice(
     assert saved_steps(tmp_path) == ([] if ends else [2])
 
 
-@pytest.mark.parametrize("number, at, code", [(signal.SIGTERM, 1, 75), (signal.SIGINT, 1, 130), (signal.SIGTERM, 5, 0)])
+@pytest.mark.parametrize("number, at, code", [(signal.SIGTERM, 1, 75), (signal.SIGINT, 1, 130),
+                                              (signal.SIGTERM, 5, 75)])
 def test_the_exit_code_says_whether_a_launcher_is_to_go_on(tmp_path, number, at, code):
     def signalled(start):
         for step, batch in enumerate(toy.batches(start), start):
@@ -78,7 +79,7 @@ def test_the_exit_code_says_whether_a_launcher_is_to_go_on(tmp_path, number, at,
 
     outside = signal.signal(number, signal.SIG_DFL)  # a shell's background jobs ignore SIGINT
     try:
-        assert toy.end(tmp_path, stream=signalled)[1] == code  # of 6 steps: the last leaves nothing to do
+        assert toy.end(tmp_path, stream=signalled)[1] == code  # in the last of 6 steps, too
     finally:
         signal.signal(number, outside)
 
