@@ -14,8 +14,10 @@ UTILISATION = 0.4  # share of the peak FLOP/s that the hours assume; nobody has 
 CHIPS = ("v5e", "v6e", "H100")
 OBJECTIVE = re.compile(r"(equivariance|model|loss)\.(?!lpips)")  # fields that decide what a step computes
 HEADER = """#!/usr/bin/env bash
-# {title}, at the paper's scale. The commands run in order; given again, what is done is left out, and training,
-# encoding and sampling go on where they were stopped.
+# {title}, at the paper's scale.
+#
+# The commands run in order; given again, what is done is left out, and training, encoding and sampling go on where they
+# were stopped.
 #
 #   RUNS=DIR IMAGENET=DIR OPENIMAGES=DIR LAUNCH="launch/slurm.sh --nodes=4 --sbatch=--wait ... --" bash commands.sh
 #
