@@ -38,6 +38,25 @@ def test_dinov2_sees_a_patch_for_each_token_in_their_order(rng, file):
         encoder.features(encoder.params, images[:1]))).max() < 0.5
 
 
+def test_a_token_sees_the_mean_of_its_places_in_a_classifier(rng, monkeypatch):
+    from eqvae_jax.autoencoders.objective import to_float
+    from eqvae_jax.evaluation import feature_sets
+    from eqvae_jax.features.classifier import Classifier
+
+    model, images = Classifier(channels=2, feature_size=4), rng.integers(0, 256, (2, 24, 24, 3), np.uint8)
+    params = model.init(jax.random.key(0), to_float(images))["params"]
+    monkeypatch.setattr(feature_sets, "load_classifier", lambda workdir: (model, params, None))
+    places = np.asarray(model.apply({"params": params}, to_float(images)).map)            # (2,6,6,8)
+    for grid, share in ((6, 1), (3, 2), (2, 3)):
+        encoder = open_encoder("workdir:it", grid, (24, 24, 3))
+        seen = np.asarray(encoder.features(encoder.params, images))
+        assert seen.shape == (2, grid * grid, encoder.feature_size)
+        last = places[:, -share:, :share].mean((1, 2))                                    # the lower left corner
+        np.testing.assert_allclose(seen[:, grid * (grid - 1)], last, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="sees 36 places in images of 24 x 24, and the generator has 4 x 4 tokens"):
+        open_encoder("workdir:it", 4, (24, 24, 3))
+
+
 @pytest.mark.parametrize("reference, image_shape, message", [
     ("dinov2:nowhere.pth", (8, 8, 3), "nowhere.pth"), ("dinov2:", (8, 8, 3), "must be one of"),
     ("dinov2:{file}", None, "encode again with --keep_images"), ("workdir:{file}", (8, 8, 3), "workdir:"),

@@ -57,7 +57,7 @@ def dinov2_encoder(model, params, grid, dtype):
 
 
 def classifier(workdir, grid, dtype):
-    """What the classifier's last convolution sees, at its own resolution."""
+    """What the classifier's last convolution sees, averaged over the places of a token where they are finer."""
     from eqvae_jax.autoencoders.objective import to_float
     from eqvae_jax.evaluation.feature_sets import load_classifier
 
@@ -65,7 +65,10 @@ def classifier(workdir, grid, dtype):
 
     def features(params, images):
         seen = model.apply({"params": params}, to_float(images)).map                  # (B,h,w,Z)
-        return seen.reshape(len(seen), -1, seen.shape[-1])
+        b, h, w, z = seen.shape
+        if h % grid == 0 and w % grid == 0:
+            seen = seen.reshape(b, grid, h // grid, grid, w // grid, z).mean((2, 4))  # (B,grid,grid,Z)
+        return seen.reshape(b, -1, z)
 
     return Encoder(params, features, 4 * model.channels)
 

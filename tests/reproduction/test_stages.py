@@ -84,6 +84,18 @@ def test_rotation_alone_keeps_the_size(scale):
         assert f"--config.equivariance.sizes=({side},)" in stage.arguments
 
 
+@pytest.mark.parametrize("scale", ["smoke", "tiny", "small"])
+def test_the_aligner_sees_whole_tokens(scale):
+    """A token of REPA is a whole number of the classifier's places, of which there is one for 4 x 4 pixels."""
+    from eqvae_jax import recipes
+    from eqvae_jax.generators import dit
+
+    scale = SCALES[scale]
+    model = recipes.load(scale.generators["repa"]).model
+    patch = model.patch_size or dit.preset(model.preset).patch_size
+    assert (scale.image_size // 4) % (scale.sides["sdvae"] // patch) == 0
+
+
 def test_published_weights_are_the_start_of_the_papers_scale():
     bench = Bench(SCALES["paper"])
     stage = bench.autoencoder("sdvae", "eq")
