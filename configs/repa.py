@@ -50,6 +50,7 @@ def small():
 
 def smoke():
     config = with_alignment(sit["smoke"]())
+    config.model.preset = "S/2"  # tokens no finer than what the classifier sees of latents at half the images' side
     config.alignment.update(depth=1, projector_size=8)
     return config
 
