@@ -92,7 +92,8 @@ def reproduce(options):
         estimate = functools.partial(estimates.seconds, rates=rates)
         failed = running.run(wanted, root, options.jobs, estimate, lock=lock)
         seeds = [bench.seed for bench in benches]
-        how = provenance.how(options, scale, seeds, stages, document.records(stages, root))
+        made = [stage for stage in stages if stage.finished(root)]
+        how = provenance.how(options, scale, seeds, made, document.records(made, root))
         publish(experiment, benches, root, name, how)
     return failed
 

@@ -18,7 +18,7 @@ BASELINES = {
 def how(options, scale, seeds, stages, records):
     """{name: text}, in order.
 
-    options: the command line's. seeds: a list. stages: all that the result rests on; records: of those that have one.
+    options: the command line's. seeds: a list. stages: all that was made; records: of those that have one.
     """
     source, _, place = (options.images or scale.images["train"].rpartition(":")[0]).partition(":")
     images = f"{source}:DIR" if Path(place).is_absolute() else f"{source}:{place}".removesuffix(":")
