@@ -1,6 +1,7 @@
 """What every test needs: a CPU backend, a compilation cache, and PyTorch's packages where a test compares with them."""
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -10,9 +11,13 @@ import tempfile
 from eqvae_jax.backend import machine
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling dominates these tests, and LLVM's optimiser dominates compiling; tiny programs run as fast without it.
+# Compiling dominates these tests: without LLVM's optimiser and XLA's new code generators it takes a third of the time,
+# and tiny programs run as fast.
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1".strip()
+    least = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+    if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA aborts the process on a flag it does not know
+        least += ["--xla_cpu_use_fusion_emitters=false"]
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *least]).strip()
 # Compiled programs are kept between runs; they are made for one kind of processor, so machines must not share them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(
     pathlib.Path(tempfile.gettempdir()) / f"eqvae_jax_tests-{os.getuid()}-{machine()}"))

@@ -1,4 +1,4 @@
-"""The commands on two and four real processes: what they write is what one process writes."""
+"""The commands on two real processes: what they write is what one process writes."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def generator(latents, tmp_path_factory):
     return workdir
 
 
-def same_numbers(one, two, rel=1e-5):
+def same_numbers(one, two, rel):
     """Compares two directories of `evaluate`: numbers of metrics.json, names of files."""
     ours, theirs = (json.loads((directory / "metrics.json").read_text()) for directory in (two, one))
     assert ours["images"] == theirs["images"]
@@ -120,27 +120,13 @@ def test_a_generator_learns_and_shows_on_two_what_it_does_on_one(latents, genera
     jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-4), two, one)
 
 
-def test_autoencoders_are_measured_on_two_as_on_one(tmp_path):
+def test_two_encode_go_on_with_samples_and_measure_as_one_does(latents, generator, tmp_path, monkeypatch):
     config = runpy.run_path(str(ROOT / "configs" / "fashion_classifier.py"))["get_config"]("smoke")
     assert main.train(config, tmp_path / "cnn") == 0
-    commands = [["evaluate", "equivariance", *EVALUATE],
-                ["evaluate", "reconstruction", *EVALUATE, f"--features=workdir:{tmp_path / 'cnn'}"]]
-    at = lambda name: [[*command, f"--output={tmp_path / name / command[1]}"] for command in commands]
-    running = in_turn(2, *at("two"))
-    for _, *command in at("one"):
-        assert evaluate.main(command) == 0
-    (out, _), (silent, _) = ended(running)
-    assert "R, mean of the turns" in out and "rFID" in out and "R, mean" not in silent and "rFID" not in silent
-    for command, known in (("equivariance", "R"), ("reconstruction", "rfid(fashion-cnn)")):
-        assert same_numbers(tmp_path / "one" / command, tmp_path / "two" / command, rel=1e-3)[known] > 0
-    assert np.abs(np.asarray(Image.open(tmp_path / "one" / "equivariance" / "tau_1.png"), int)
-                  - np.asarray(Image.open(tmp_path / "two" / "equivariance" / "tau_1.png"), int)).max() <= 4
-
-
-def test_four_encode_go_on_with_samples_and_measure_as_one_does(latents, generator, tmp_path, monkeypatch):
-    make = ["sample", f"--generator=workdir:{generator}", "--count=6", "--batch_size=4", "--evaluations=3"]
-    measure = ["evaluate", "equivariance", *EVALUATE[:-2], "--batch_size=4", "--turns", "1", "--scales", "0.5"]
-    one, four = tmp_path / "one", tmp_path / "four"
+    make = [f"--generator=workdir:{generator}", "--count=6", "--batch_size=4", "--evaluations=3"]
+    measures = {"equivariance": ["--turns", "1", "--scales", "0.5"],
+                "reconstruction": [f"--features=workdir:{tmp_path / 'cnn'}"]}
+    one, two = tmp_path / "one", tmp_path / "two"
     real, batches = Sampler.images, []
 
     def interrupted(self, params, numbers, labels):
@@ -152,24 +138,31 @@ def test_four_encode_go_on_with_samples_and_measure_as_one_does(latents, generat
     one.mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(Sampler, "images", interrupted)
-        assert sample.main([*make[1:], f"--output={one / 's.npz'}"]) == 130
-    shutil.copytree(one, four)
-    begun = np.fromfile(partial_path(four / "s.npz"), np.uint8)
-    (255 - begun).tofile(partial_path(four / "s.npz"))           # which tells those that are there from new ones
-    running = in_turn(4, ["encode", *ENCODE, f"--output={four / 'cache'}"], [*make, f"--output={four / 's.npz'}"],
-                      [*measure, f"--output={four / 'tau'}"])
-    assert sample.main([*make[1:], f"--output={one / 's.npz'}"]) == 0
-    assert evaluate.main([*measure[1:], f"--output={one / 'tau'}"]) == 0
-    written = ended(running, (0,) * 4)
-    assert "going on from image 4" in written[0][0] and not any("going on" in out for out, _ in written[1:])
-    assert ([(path.name, path.read_bytes()) for path in sorted((four / "cache").glob("*.array_record"))]
+        assert sample.main([*make, f"--output={one / 's.npz'}"]) == 130
+    shutil.copytree(one, two)
+    begun = np.fromfile(partial_path(two / "s.npz"), np.uint8)
+    (255 - begun).tofile(partial_path(two / "s.npz"))           # which tells those that are there from new ones
+    measure = lambda at: [[name, *EVALUATE, *more, f"--output={at / name}"] for name, more in measures.items()]
+    running = in_turn(2, ["encode", *ENCODE, f"--output={two / 'cache'}"],
+                      ["sample", *make, f"--output={two / 's.npz'}"],
+                      *(["evaluate", *command] for command in measure(two)))
+    assert sample.main([*make, f"--output={one / 's.npz'}"]) == 0
+    for command in measure(one):
+        assert evaluate.main(command) == 0
+    (out, _), (silent, _) = ended(running)
+    assert "going on from image 4" in out and "R, mean of the turns" in out and "rFID" in out
+    assert not any(said in silent for said in ("going on", "R, mean", "rFID"))
+    assert ([(path.name, path.read_bytes()) for path in sorted((two / "cache").glob("*.array_record"))]
             == [(path.name, path.read_bytes()) for path in sorted(latents.glob("*.array_record"))])
-    ours, theirs = (np.load(directory / "s.npz")["arr_0"].astype(int) for directory in (four, one))
+    ours, theirs = (np.load(directory / "s.npz")["arr_0"].astype(int) for directory in (two, one))
     assert ours.shape == theirs.shape == (6, 8, 8, 3)
     np.testing.assert_array_equal(ours[:4], 255 - theirs[:4])
     assert np.abs(ours[4:] - theirs[4:]).max() <= 1
-    assert open_samples(four / "s.npz").made_with == open_samples(one / "s.npz").made_with
-    same_numbers(one / "tau", four / "tau")
+    assert open_samples(two / "s.npz").made_with == open_samples(one / "s.npz").made_with
+    for name, known in (("equivariance", "R"), ("reconstruction", "rfid(fashion-cnn)")):
+        assert same_numbers(one / name, two / name, rel=1e-3)[known] > 0
+    pictures = (np.asarray(Image.open(at / "equivariance" / "tau_1.png"), int) for at in (one, two))
+    assert np.abs(np.subtract(*pictures)).max() <= 4
 
 
 def test_other_code_on_one_host_is_refused_and_both_are_named(tmp_path):

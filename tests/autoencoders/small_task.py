@@ -57,8 +57,13 @@ def start(config, params, mesh=None, model=MODEL, critic=None):
 
 
 def adam_means(opt_state):
-    """Adam's first moments, which after one step are (1 - b1) x the gradient."""
-    return optax.tree_utils.tree_get(opt_state, "mu")
+    """Adam's first moments, which after one step are (1 - b1) x the gradient, as NumPy arrays."""
+    return jax.device_get(optax.tree_utils.tree_get(opt_state, "mu"))
+
+
+def norm(tree):
+    """As `optax.global_norm`, of which JAX would compile a dozen programs for each shape."""
+    return np.sqrt(sum(np.square(np.asarray(leaf, np.float64)).sum() for leaf in jax.tree.leaves(tree)))
 
 
 def where_draw_is(where):

@@ -3,9 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from small_task import MODEL, adam_means, batch_of, random_params, small_config, start, where_draw_is
+from small_task import MODEL, adam_means, batch_of, norm, random_params, small_config, start, where_draw_is
 
 from eqvae_jax import equivariance
 from eqvae_jax.autoencoders.objective import to_float
@@ -26,7 +25,7 @@ def vq_config(**changes):
 
 def assert_first_gradient(state, expected):
     """Adam's first moment after one step is (1 - b1) = 0.5 times the gradient."""
-    scale = optax.global_norm(expected)
+    scale = norm(expected)
     compare = lambda ours, theirs: np.testing.assert_allclose(ours / 0.5, theirs, atol=3e-6 * scale)
     jax.tree.map(compare, adam_means(state.opt_state["autoencoder"]), expected)
 

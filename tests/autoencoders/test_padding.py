@@ -3,10 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from ml_collections import ConfigDict
-from small_task import MODEL, adam_means, batch_of, random_params, small_config, start, where_draw_is
+from small_task import MODEL, adam_means, batch_of, norm, random_params, small_config, start, where_draw_is
 from test_blocks import channels_first
 
 from eqvae_jax.autoencoders.blocks import PADDINGS, Upsample, padded
@@ -100,7 +99,7 @@ def test_the_adaptive_weight_pads_as_the_last_convolution_does():
     np.testing.assert_allclose(metrics["adaptive_weight"], adaptive_weight(nll, g), rtol=1e-4)
     expected = nll + 0.7 * adaptive_weight(nll, g) * g
     ours = adam_means(state.opt_state["autoencoder"])["decoder"]["conv_out"]["kernel"]
-    np.testing.assert_allclose(ours, expected, atol=1e-5 * optax.global_norm(expected))
+    np.testing.assert_allclose(ours, expected, atol=1e-5 * norm(expected))
 
 
 @pytest.mark.parametrize("model", [MODEL, AutoencoderVQ(padding="zeros")])

@@ -7,9 +7,8 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from small_task import MODEL, adam_means, batch_of, random_params, small_config, start, where_draw_is
+from small_task import MODEL, adam_means, batch_of, norm, random_params, small_config, start, where_draw_is
 
 from eqvae_jax import equivariance
 from eqvae_jax.autoencoders import losses
@@ -61,7 +60,7 @@ def test_gradients_are_those_of_the_whole_loss(params, where):
     loss = lambda p: (lambda nll, _, kl: nll + 1e-3 * kl)(*reconstruct(p))
     expected = jax.jit(jax.grad(loss))(params)
     ours = adam_means(state.opt_state["autoencoder"])
-    scale = optax.global_norm(expected)
+    scale = norm(expected)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a / 0.5, b, atol=2e-6 * scale), ours, expected)
     np.testing.assert_allclose(metrics["gradient_norm_autoencoder"], scale, rtol=1e-5)
     assert (metrics["branch_equivariance"], metrics["branch_low_resolution"]) == (where == "latent", where == "image")
@@ -84,7 +83,7 @@ def test_adversarial_gradients_are_balanced_at_the_last_kernel(params):
     weight = last(nll) / (last(g) + 1e-4)
     np.testing.assert_allclose(metrics["adaptive_weight"], weight, rtol=1e-4)
     expected = jax.tree.map(lambda a, b, c: a + 0.7 * weight * b + 1e-3 * c, nll, g, kl)
-    scale = optax.global_norm(expected)
+    scale = norm(expected)
     ours = adam_means(state.opt_state["autoencoder"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a / 0.5, b, atol=1e-5 * scale), ours, expected)
 
@@ -94,9 +93,9 @@ def test_discriminator_learns_to_tell_and_waits_for_disc_start(params):
     task, state, place = start(config, params)
     before = jax.device_get(state.params["discriminator"])
     state, _ = task.train_step(state, place(batch_of(4)), 0)
-    assert optax.global_norm(adam_means(state.opt_state["discriminator"])) == 0
+    assert norm(adam_means(state.opt_state["discriminator"])) == 0
     state, _ = task.train_step(state, place(batch_of(4)), 1)
-    assert optax.global_norm(adam_means(state.opt_state["discriminator"])) > 1e-3
+    assert norm(adam_means(state.opt_state["discriminator"])) > 1e-3
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.params["discriminator"]))
 
     config = small_config(loss__disc_weight=1e-6, optimizer__learning_rate=3e-2, equivariance__p_equivariance=0.0,
@@ -149,7 +148,7 @@ def test_accumulated_gradients_are_the_mean_over_micro_batches(params):
         state_1, _ = task_1.train_step(state_1, place(rows), micro)
         expected.append(adam_means(state_1.opt_state["autoencoder"]))
     mean = jax.tree.map(lambda a, b: (a + b) / 2, *expected)
-    scale = optax.global_norm(mean)
+    scale = norm(mean)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * scale),
                  adam_means(state.opt_state["autoencoder"]), mean)
 
@@ -227,6 +226,6 @@ def compare_meshes():
         for name, value in results[0][0].items():
             np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
         for role, expected in results[0][1].items():
-            scale = optax.global_norm(expected)
+            scale = norm(expected)
             for ours, theirs in zip(jax.tree.leaves(gradients[role]), jax.tree.leaves(expected), strict=True):
                 np.testing.assert_allclose(ours, theirs, atol=1e-5 * scale)
