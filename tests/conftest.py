@@ -1,5 +1,6 @@
 """What every test needs: a CPU backend, a compilation cache, and PyTorch's packages where a test compares with them."""
 
+import gc
 import importlib
 import importlib.metadata
 import importlib.util
@@ -22,6 +23,9 @@ if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(
     pathlib.Path(tempfile.gettempdir()) / f"eqvae_jax_tests-{os.getuid()}-{machine()}"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+# Tracing makes objects by the hundred thousand, and keeps them: looking through them all for cycles finds few.
+gc.set_threshold(100_000, 20, 20)
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
